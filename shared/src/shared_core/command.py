@@ -1,0 +1,92 @@
+"""How every command ends: one line and exit code 2 for bad input, a traceback and 70 for a fault of ours."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import typer
+import typer.main
+
+from shared_core.errors import InputError
+
+BAD_INPUT = 2
+INTERNAL_FAULT = 70  # sysexits.h EX_SOFTWARE; 1 means "the claim does not hold"
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# Newer typer releases carry a click of their own, so the class is taken from typer and not from click.
+_UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+# Errors that a wrong path from the command line gives.
+_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+def run(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a Typer app and exit with the house's codes.
+
+    ====  ==========================================================================================
+    0     the command ended
+    n     the command returned the integer n or raised `typer.Exit(n)` (`prove`: 1, a claim does not hold)
+    2     bad input: InputError, wrong option, unusable path; stderr has one line, ``error: ...``
+    70    a fault of ours; stderr has the traceback (without the values of local variables)
+    130   interrupted by Ctrl-C, or a question was declined
+    ====  ==========================================================================================
+
+    ``--debug`` anywhere on the command line (before ``--``) shows the traceback of bad input too; the
+    app itself does not see it.
+
+    Args:
+        app: The app.
+        argv: The arguments after the program's name; `sys.argv[1:]` where None.
+    """
+    arguments, debug = _split_debug(list(sys.argv[1:] if argv is None else argv))
+    try:
+        command = typer.main.get_command(app)
+        _document_debug(command)
+        result = command.main(args=arguments, standalone_mode=False)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help page
+            error.show()
+            sys.exit(BAD_INPUT)
+        _fail(error.format_message(), debug)
+    except InputError as error:
+        _fail(str(error), debug)
+    except _PATH_ERRORS as error:
+        if error.filename is None:
+            _crash()
+        _fail(f"{error.filename}: {error.strerror}", debug)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted", debug)
+        sys.exit(INTERRUPTED)
+    except Exception:
+        _crash()
+    sys.exit(result if type(result) is int else 0)
+
+
+def _split_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = arguments[:end]
+    return [option for option in options if option != "--debug"] + arguments[end:], "--debug" in options
+
+
+def _document_debug(command: object) -> None:
+    if getattr(command, "epilog", None) is None:
+        setattr(command, "epilog", "--debug, anywhere: show the traceback of an error.")  # noqa: B010
+    for child in getattr(command, "commands", {}).values():
+        _document_debug(child)
+
+
+def _say(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _fail(message: str, debug: bool) -> NoReturn:
+    _say(message, debug)
+    sys.exit(BAD_INPUT)
+
+
+def _crash() -> NoReturn:
+    traceback.print_exc()
+    sys.exit(INTERNAL_FAULT)

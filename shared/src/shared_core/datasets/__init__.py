@@ -1,0 +1,24 @@
+"""Image data sets, each behind a function that returns a Hugging Face `Dataset` or `DatasetDict`.
+
+Columns are alike: "image" gives a PIL image, "label" a class number with the class names in its feature.
+Nothing is downloaded and nothing is written to a cache: rows stay in memory, or name files that are opened
+when a row is read.
+Needs ``pip install 'shared-core[vision]'``.
+"""
+
+from shared_core.datasets.cifar import cifar10, cifar100
+from shared_core.datasets.embedded import digits, labelled_samples, mnist5k, photographs
+from shared_core.datasets.fashion import fashion_mnist
+from shared_core.datasets.folders import class_folders, image_folder
+
+__all__ = [
+    "cifar10",
+    "cifar100",
+    "class_folders",
+    "digits",
+    "fashion_mnist",
+    "image_folder",
+    "labelled_samples",
+    "mnist5k",
+    "photographs",
+]

@@ -1,0 +1,66 @@
+"""The error for bad input, and the error for an optional dependency that is not installed."""
+
+import enum
+import os
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class _Unset(enum.Enum):
+    UNSET = enum.auto()  # an enum member stays the same object when an error crosses a process
+
+
+_UNSET = _Unset.UNSET
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+class InputError(ValueError):
+    """Input that a person gave is wrong, and this says in one line what would be right.
+
+    Args:
+        message: What is wrong and what would be right.
+        file: The file or folder that is wrong.
+        field: The field, column, option or argument that is wrong.
+        value: The value that was found there.
+
+    >>> str(InputError("expected 2 to 8", file="run.toml", field="bits", value=9))
+    'run.toml: bits: expected 2 to 8 (got 9)'
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        field: str | None = None,
+        value: object = _UNSET,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = None if file is None else os.fspath(file)
+        self.field = field
+        self.value = value
+
+    def __str__(self) -> str:
+        where = "".join(f"{part}: " for part in (self.file, self.field) if part is not None)
+        got = "" if self.value is _UNSET else f" (got {_short.repr(self.value)})"
+        return " ".join(line.strip() for line in f"{where}{self.message}{got}".splitlines())
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Turn a missing module, imported inside the block, into an InputError that says what to install.
+
+    >>> with needs_extra("plot"):
+    ...     import not_there
+    Traceback (most recent call last):
+    shared_core.errors.InputError: not_there is not installed: pip install 'shared-core[plot]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "shared_core":
+            raise  # a fault of ours, not a missing extra
+        raise InputError(f"{error.name} is not installed: pip install 'shared-core[{extra}]'") from error

@@ -1,0 +1,106 @@
+"""Atomic files: a reader sees the old file or the new one, never a part, also when the writer is killed."""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from shared_core.errors import InputError
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `target` that becomes `target` when the block ends without an exception.
+
+    The temporary file exists (empty) and has the target's suffix, because many writers choose their format by
+    it. A new file gets the permissions that `open` would give it, a replaced one keeps its own. A symbolic
+    link stays a link: the file it points to is replaced. When the block raises, the temporary file is removed
+    and the target is left as it was.
+
+    Args:
+        target: The file to write. Its folder must exist.
+
+    Raises:
+        InputError: The folder is missing or cannot be written to, or the target is a folder.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_path(Path(folder, "a.txt")) as temporary:
+    ...         _ = temporary.write_text("whole")
+    ...     Path(folder, "a.txt").read_text()
+    'whole'
+    """
+    final = Path(os.path.realpath(target))
+    if final.is_dir():
+        raise InputError("is a folder, expected the name of a file", file=target)
+    suffix = final.suffix if len(final.suffix) <= 32 else ""
+    temporary = final.with_name(f".{final.stem[:32]}.{secrets.token_hex(6)}{suffix}")
+    try:
+        temporary.touch(exist_ok=False)
+    except FileNotFoundError as error:
+        raise InputError(f"cannot be written: there is no folder {final.parent}", file=target) from error
+    except NotADirectoryError as error:
+        raise InputError(f"cannot be written: {final.parent} is not a folder", file=target) from error
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror} in {final.parent}", file=target) from error
+    try:
+        mode = (final if final.exists() else temporary).stat().st_mode & 0o7777
+        yield temporary
+        temporary.chmod(mode)  # the block may have replaced the file by one of its own making
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, atomically. Errors as for `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8 with newlines as they are, atomically. Errors as for `atomic_path`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], obj: object) -> None:
+    """Write `obj` to `path` as JSON (insertion order, two spaces), atomically; NumPy numbers and arrays too.
+
+    Raises:
+        ValueError: A number is NaN or infinite, which JSON has no word for; the message says where it stands.
+        TypeError: An object has no JSON form.
+        InputError: As for `atomic_path`.
+    """
+    try:
+        text = json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False, default=_plain)
+    except ValueError as error:
+        place = next(_not_finite(obj, "$"), None)
+        raise (ValueError(f"{place}, which JSON cannot hold") if place else error) from error
+    write_text(path, text + "\n")
+
+
+def _plain(obj: object) -> object:
+    if isinstance(obj, np.ndarray | np.generic):
+        return obj.tolist()
+    raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
+
+
+def _not_finite(obj: object, place: str) -> Iterator[str]:
+    if isinstance(obj, np.ndarray | np.generic):
+        obj = obj.tolist()
+    if isinstance(obj, float) and not math.isfinite(obj):
+        yield f"{place} is {obj}"
+    elif isinstance(obj, Mapping):
+        for key, value in obj.items():
+            yield from _not_finite(value, f"{place}.{key}")
+    elif isinstance(obj, list | tuple):
+        for index, value in enumerate(obj):
+            yield from _not_finite(value, f"{place}[{index}]")
