@@ -26,7 +26,7 @@ def normalized(name: str) -> str:
 
 
 def pins(installed: Iterable[tuple[str, str]], members: Iterable[str]) -> list[str]:
-    """One ``name==version`` a line, sorted, of (name, version) pairs that are neither members nor left out."""
+    """One ``name==version`` a line, sorted, of the installed that are neither members nor left out."""
     own = {normalized(name) for name in members}
     versions = {normalized(name): version.partition("+")[0] for name, version in installed}
     return [f"{n}=={v}" for n, v in sorted(versions.items()) if n not in own and not _LEFT_OUT.match(n)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -148,6 +149,21 @@ def requirements(root: Path = ROOT) -> list[str]:
     return lines
 
 
+def _answer(arguments: argparse.Namespace) -> str:
+    root = arguments.root
+    if arguments.what == "requirements":
+        return "\n".join(requirements(root))
+    if arguments.what == "folders":
+        return "\n".join(str(member.folder) for member in discover(root))
+    if arguments.what == "facts":
+        [one] = members(root, arguments.name)
+        facts = {"folder": one.folder, "distribution": one.distribution, "import_name": one.import_name}
+        return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in facts.items())
+    return json.dumps(
+        matrix(affected(arguments.base, root) if arguments.what == "affected" else discover(root))
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.workspace``."""
     parser = argparse.ArgumentParser(prog="python -m tools.workspace", description=__doc__.splitlines()[0])
@@ -159,17 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--base", required=True, help="the revision to compare with, e.g. origin/main")
     commands.add_parser("requirements", help="what make setup installs, as a requirements file")
+    commands.add_parser("folders", help="the folders of all members, one a line")
+    command = commands.add_parser("facts", help="one member as assignments for a shell")
+    command.add_argument("name")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.what == "requirements":
-            print("\n".join(requirements(arguments.root)))
-        else:
-            chosen = (
-                affected(arguments.base, arguments.root)
-                if arguments.what == "affected"
-                else discover(arguments.root)
-            )
-            print(json.dumps(matrix(chosen)))
+        print(_answer(arguments))
     except WorkspaceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
