@@ -24,8 +24,8 @@ def checks(root: Path = workspace.ROOT) -> list[tuple[str, list[str], Path]]:
     """Name, command and working folder of each check."""
     python = sys.executable
     return [
-        ("ruff format", ["ruff", "format", "--check", "."], root),
-        ("ruff check", ["ruff", "check", "."], root),
+        ("ruff format", [python, "-m", "ruff", "format", "--check", "."], root),
+        ("ruff check", [python, "-m", "ruff", "check", "."], root),
         ("basedpyright", [python, "-m", "basedpyright", "--pythonpath", python], root),
         *((f"deptry {member.name}", deptry(member), member.folder) for member in workspace.discover(root)),
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ def prove(member: Member, runs: Path, *, quick: bool, timeout: float, console: C
         return record.judge(ended, folder, member.name, _now())
     command = [member.command, "prove", "--out", str(folder), *(["--quick"] if quick else [])]
     console.print(f"[bold]{member.name}[/]  {escape(' '.join(command))}", highlight=False)
+    command[0] = _installed(member.command)
     with console.status("starting") as status:
         ended = child.run(
             command,
@@ -53,6 +55,12 @@ def prove(member: Member, runs: Path, *, quick: bool, timeout: float, console: C
         highlight=False,
     )
     return outcome
+
+
+def _installed(command: str) -> str:
+    """The command of the environment that runs this, whether or not it is activated."""
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return shutil.which(command, path=beside) or command
 
 
 def _now() -> str:

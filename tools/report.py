@@ -63,8 +63,8 @@ as such.</p>
 <thead><tr><th>package</th><th>claim</th><th>verdict</th><th>in plain words</th><th>time</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
 {"".join(sections)}
-<footer>Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by <code>make prove</code>. Brackets show the lowest and
-the highest seed, dots the single seeds.</footer>""",
+<footer>Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by <code>make prove</code>. Brackets show the lowest
+and the highest seed, dots the single seeds.</footer>""",
     )
 
 

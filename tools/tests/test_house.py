@@ -1,0 +1,95 @@
+"""The promises of the repository's own files."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools import workspace
+from tools.constraints import pins
+
+ROOT = workspace.ROOT
+
+
+def readme_table() -> dict[str, list[str]]:
+    rows = re.findall(
+        r"^\| (?:\[([\w-]+)\]\(packages/\1\)|([\w-]+)) \|(.+)\|$", (ROOT / "README.md").read_text(), re.M
+    )
+    return {
+        linked or plain: [cell.strip() for cell in rest.split("|")]
+        for linked, plain, rest in rows
+        if "arXiv" in rest
+    }
+
+
+def test_the_readme_lists_ten_packages_and_which_of_them_are_here() -> None:
+    table = readme_table()
+    assert len(table) == 10
+    here = {member.name: f"`{member.command}`" for member in workspace.packages()}
+    assert {name: row[2] for name, row in table.items() if row[3] == "here"} == here
+    assert {row[3] for row in table.values()} <= {"here", "planned"}
+
+
+def test_nothing_else_names_a_package() -> None:
+    """A package exists by its folder: another list would be a second place to edit."""
+    listed = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in readme_table()))
+    files = ["pyproject.toml", ".github/workflows/ci.yml", ".ci/run", "ci/test-package.sh", "ci/readme.sh"]
+    for file in [*files, *(str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*.*"))]:
+        assert listed.findall(re.sub("#.*", "", (ROOT / file).read_text())) == [], file
+
+
+def test_pins_are_exact_and_without_hash_suffix_or_address() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; .+)?", line), line
+    assert len({line.partition("==")[0] for line in lines}) == len(lines)
+
+
+def test_embedded_wheels_are_pinned_by_hash() -> None:
+    lines = [line for line in (ROOT / "embedded.txt").read_text().splitlines() if not line.startswith("#")]
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]* --hash=sha256:[0-9a-f]{64}", line), line
+
+
+def test_constraints_leave_out_members_suffixes_and_cuda() -> None:
+    installed = [
+        ("Torch", "2.9.0+cpu"),
+        ("nvidia_cublas", "13"),
+        ("triton", "3"),
+        ("csq.quant", "0.1"),
+        ("b_c", "1"),
+    ]
+    assert pins(installed, ["csq-quant"]) == ["b-c==1", "torch==2.9.0"]
+
+
+@pytest.mark.parametrize("target", ["setup", "prove", "test", "lint", "bench", "dist", "clean"])
+def test_make_help_names_every_target(target: str) -> None:
+    text = subprocess.run(
+        ["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(rf"^make {target}\b", text, re.M)
+
+
+def test_an_old_python_gets_one_clear_line(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\ncase "$2" in *exit*) exit 1 ;; *) echo 3.9 ;; esac\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(ROOT / "tools" / "setup.sh"), str(old), str(tmp_path / "venv")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: Python 3.11 or newer is needed, {old} is 3.9; name another: make setup PYTHON=python3.11\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "script", ["tools/setup.sh", "tools/dist.sh", "tools/uv-env.sh", "ci/test-package.sh", "ci/readme.sh"]
+)
+def test_shell_scripts_parse(script: str) -> None:
+    done = subprocess.run(["sh", "-n", str(ROOT / script)], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
