@@ -60,7 +60,10 @@ def run(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(INTERRUPTED)
     except Exception:
         _crash()
-    sys.exit(result if type(result) is int else 0)
+    code = result if type(result) is int else 0
+    if code == INTERRUPTED:  # newer typer releases return it where older ones raise Abort
+        _say("interrupted", debug=False)
+    sys.exit(code)
 
 
 def _split_debug(arguments: list[str]) -> tuple[list[str], bool]:

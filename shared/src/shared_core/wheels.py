@@ -101,10 +101,8 @@ def _installed(distribution: str) -> Distribution | None:
 def _folders() -> Iterator[Path]:
     if chosen := os.environ.get("SHARED_CORE_WHEELS"):
         yield Path(chosen)
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (cache := folder / ".cache" / "wheels").is_dir():
-            yield cache
+    yield Path.cwd() / ".cache" / "wheels"
+    yield from (cache for above in Path.cwd().parents if (cache := above / ".cache" / "wheels").is_dir())
     default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
     yield Path(os.environ.get("XDG_CACHE_HOME") or default) / "shared-core" / "wheels"
 

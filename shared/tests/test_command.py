@@ -1,0 +1,151 @@
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+APP = """
+import sys, time
+from pathlib import Path
+import typer
+import shared_core.command
+from shared_core import InputError
+
+app = typer.Typer()
+
+@app.command()
+def work(what: str, bits: int = 4):
+    secret = len(what) * "local value "
+    match what:
+        case "fine": print("done")
+        case "bad": raise InputError("expected 2 to 8", field="bits", value=9)
+        case "lines": raise InputError("first\\nsecond")
+        case "missing": open("not/there.txt")
+        case "folder": Path("/").write_text("")
+        case "fault": raise RuntimeError("ours")
+        case "returns": return 1
+        case "exits": raise typer.Exit(3)
+        case "sleep":
+            print("ready", flush=True)
+            time.sleep(60)
+        case "abort": raise typer.Abort()
+
+@app.command()
+def other(): pass
+
+shared_core.command.run(app)
+"""
+
+
+@pytest.fixture
+def app(tmp_path):
+    script = tmp_path / "app.py"
+    script.write_text(APP)
+    return [sys.executable, str(script)]
+
+
+def ended(app: list[str], *arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run([*app, *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_command_that_ends_exits_0(app):
+    assert ended(app, "work", "fine") == (0, "done\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["work", "bad"], "bits: expected 2 to 8 (got 9)"),
+        (["work", "lines"], "first second"),
+        (["work", "missing"], "not/there.txt: No such file or directory"),
+        (["work", "folder"], "/: Is a directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(app, arguments, message):
+    assert ended(app, *arguments) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["work", "fine", "--bitz", "3"], "--bitz"),
+        (["work", "fine", "--bits", "many"], "--bits"),
+        (["work"], "what"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_names_the_word_and_exit_2(app, arguments, word):
+    code, output, errors = ended(app, *arguments)
+    assert (code, output) == (2, "")
+    assert re.fullmatch(rf"error: .*{word}.*\n", errors, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--debug", "work", "bad"], ["work", "--debug", "bad"], ["work", "bad", "--debug"]]
+)
+def test_debug_anywhere_shows_the_traceback_of_bad_input(app, arguments):
+    code, _, errors = ended(app, *arguments)
+    assert code == 2
+    assert "Traceback" in errors
+    assert errors.endswith("error: bits: expected 2 to 8 (got 9)\n")
+
+
+def test_after_two_dashes_debug_is_an_argument_like_any_other(app):
+    code, _, errors = ended(app, "work", "bad", "--", "--debug")
+    assert code == 2
+    assert "Traceback" not in errors
+    assert "--debug" in errors
+
+
+def test_a_fault_of_ours_keeps_its_traceback_without_local_values_and_exits_70(app):
+    code, _, errors = ended(app, "work", "fault")
+    assert code == 70
+    assert "Traceback" in errors
+    assert errors.endswith("RuntimeError: ours\n")
+    assert "local value local" not in errors
+    assert "╭" not in errors  # typer's own pages of traceback are off
+
+
+def test_the_apps_own_exit_codes_are_kept(app):
+    assert ended(app, "work", "returns")[0] == 1
+    assert ended(app, "work", "exits")[0] == 3
+
+
+def test_ctrl_c_exits_130_without_a_traceback(app):
+    with subprocess.Popen(
+        [*app, "work", "sleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert errors.strip() == "error: interrupted"
+
+
+def test_a_declined_question_exits_130(app):
+    assert ended(app, "work", "abort")[0] == 130
+
+
+def test_help_tells_of_debug_at_both_levels(app):
+    for arguments in (["--help"], ["work", "--help"]):
+        code, output, _ = ended(app, *arguments)
+        assert code == 0
+        assert "--debug" in output
+
+
+def test_an_app_of_one_command_and_arguments_given_by_the_caller(tmp_path):
+    script = """
+import typer
+from shared_core import command
+
+def only(bits: int):
+    print(bits + 1)
+
+app = typer.Typer()
+app.command()(only)
+command.run(app, ["4"])
+"""
+    assert ended([sys.executable, "-c", script], "not", "these") == (0, "5\n", "")
