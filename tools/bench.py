@@ -167,7 +167,7 @@ def _bar(ratio: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.bench``."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--package", help="only this package")
     parser.add_argument(
         "--timeout", type=float, default=900.0, help="seconds that one benchmark may take (900)"

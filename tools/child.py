@@ -64,13 +64,10 @@ def run(
             return Ended(127, 0.0, "", f"cannot start {command[0]}: {error.strerror}")
         try:
             output, in_time = _follow(process, file, start + timeout, tail)
-            code = process.wait(_GRACE_SECONDS) if in_time else -signal.SIGKILL
-        except subprocess.TimeoutExpired:
-            code, in_time = -signal.SIGKILL, False
         finally:
             _end(process)
-    seconds = time.monotonic() - start
-    return Ended(code, seconds, output, None if in_time else f"stopped at its time limit of {timeout:g} s")
+    error = None if in_time else f"stopped at its time limit of {timeout:g} s"
+    return Ended(process.returncode, time.monotonic() - start, output, error)
 
 
 def _follow(
@@ -79,31 +76,35 @@ def _follow(
     """Copies both streams into the log until the process ends; gives stdout and whether it ended in time."""
     assert process.stdout is not None
     assert process.stderr is not None
-    received = {process.stdout: bytearray(), process.stderr: bytearray()}
+    received = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
     logged = dict.fromkeys(received, 0)
     with selectors.DefaultSelector() as streams:
-        for stream in received:
-            os.set_blocking(stream.fileno(), False)
-            streams.register(stream, selectors.EVENT_READ)
-        while streams.get_map():
+        for descriptor in received:
+            streams.register(descriptor, selectors.EVENT_READ)
+        while streams.get_map() and time.monotonic() < deadline:
             ready = streams.select(timeout=0.2)
             for key, _ in ready:
-                stream = process.stdout if key.fileobj is process.stdout else process.stderr
                 chunk = os.read(key.fd, 65536)
                 if not chunk:
-                    streams.unregister(key.fileobj)
-                received[stream] += chunk
-                logged[stream] = _log_lines(received[stream], logged[stream], log, final=not chunk)
-                tail(_tail_line(received[stream]))
+                    streams.unregister(key.fd)
+                received[key.fd] += chunk
+                logged[key.fd] = _log_lines(received[key.fd], logged[key.fd], log)
+                tail(_tail_line(received[key.fd]))
             if not ready and process.poll() is not None:
                 break  # a child that it left behind keeps the stream open: nobody waits for that one
-            if time.monotonic() > deadline:
-                return received[process.stdout].decode(errors="replace"), False
-    return received[process.stdout].decode(errors="replace"), True
+    for descriptor, text in received.items():
+        log.write(plain(text[logged[descriptor] :].decode(errors="replace")))
+    output = received[process.stdout.fileno()].decode(errors="replace")
+    try:
+        process.wait(max(deadline - time.monotonic(), 0.0))
+    except subprocess.TimeoutExpired:
+        return output, False
+    return output, True
 
 
-def _log_lines(received: bytearray, start: int, log: IO[str], *, final: bool) -> int:
-    end = len(received) if final else received.rfind(b"\n", start) + 1
+def _log_lines(received: bytearray, start: int, log: IO[str]) -> int:
+    """Writes what has become whole lines since ``start``; returns where the next line begins."""
+    end = received.rfind(b"\n", start) + 1
     if end <= start:
         return start
     log.write(plain(received[start:end].decode(errors="replace")))

@@ -77,7 +77,7 @@ def _run(command: list[str], cwd: Path | None = None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.dist``."""
-    parser = argparse.ArgumentParser(prog="python -m tools.dist", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.dist", description=__doc__)
     parser.add_argument("package", help="a package, first or all")
     arguments = parser.parse_args(argv)
     try:

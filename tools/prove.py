@@ -85,7 +85,7 @@ def merged(new: list[Outcome], earlier: list[Outcome], order: list[str]) -> list
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.prove``."""
-    parser = argparse.ArgumentParser(prog="python -m tools.prove", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.prove", description=__doc__)
     parser.add_argument("--package", help="only this package")
     parser.add_argument("--quick", action="store_true", help="the packages' short proofs, which show less")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one proof may take (900)")

@@ -261,7 +261,7 @@ def _facts(outcome: Outcome, proof: Proof) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.report``."""
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument(
         "--runs", type=Path, default=workspace.ROOT / "runs", help="where tools.prove put its results"
     )

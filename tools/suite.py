@@ -84,7 +84,7 @@ def suites(root: Path, only: str | None) -> list[tuple[str, Path]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.suite``."""
-    parser = argparse.ArgumentParser(prog="python -m tools.suite", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.suite", description=__doc__)
     parser.add_argument("--package", help="only the tests of this member")
     parser.add_argument(
         "--root", type=Path, default=workspace.ROOT, help="another workspace than this repository"

@@ -166,7 +166,7 @@ def _answer(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.workspace``."""
-    parser = argparse.ArgumentParser(prog="python -m tools.workspace", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.workspace", description=__doc__)
     parser.add_argument("--root", type=Path, default=ROOT, help="another workspace than this repository")
     commands = parser.add_subparsers(dest="what", required=True)
     commands.add_parser("list", help="all members as a CI matrix (JSON)")
