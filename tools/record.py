@@ -71,6 +71,7 @@ class Proof:
     versions: dict[str, str]
     pictures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
 
@@ -120,7 +121,7 @@ def load(file: Path) -> Proof:
         raise RecordError(f"{file.name}: expected an object, found {type(raw).__name__}")
     record = _Fields(raw, file.name)
     methods = _methods(record)
-    return Proof(
+    proof = Proof(
         package=record.text("package"),
         version=record.text("version"),
         source=record.text("source"),
@@ -136,8 +137,12 @@ def load(file: Path) -> Proof:
         versions={str(name): str(version) for name, version in record.get("versions", dict).items()},
         pictures=[str(name) for name in record.optional("pictures", list, [])],
         notes=[str(note) for note in record.optional("notes", list, [])],
+        details=record.optional("details", dict, {}),
         command=record.optional("command", str, ""),
     )
+    if proof.holds != all(claim.holds for claim in proof.claims):
+        raise RecordError(f"{file.name}: holds is {str(proof.holds).lower()}, but its claims say otherwise")
+    return proof
 
 
 def _refuse(constant: str) -> float:

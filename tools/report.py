@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -169,7 +170,12 @@ def _numbers(proof: Proof) -> str:
         cells = "".join(_cell(proof, name, metric) for metric in proof.metrics)
         row = ' class="ours"' if name == proof.package else ""
         rows.append(f"<tr{row}><th>{escape(name)}</th>{cells}</tr>")
-    note = "" if ours else '<p class="soft small">No method is named like the package: no differences.</p>'
+    words = (
+        f"Under each baseline: {proof.package} minus that baseline, seed by seed, and how often it is better."
+        if ours
+        else "No method is named like the package, so no differences are shown."
+    )
+    note = f'<p class="soft small">{escape(words)}</p>'
     head = f"<thead><tr><th>method</th>{heads}</tr></thead>"
     return f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>{note}'
 
@@ -189,7 +195,7 @@ def _cell(proof: Proof, name: str, metric: Metric) -> str:
     own = name == proof.package
     return (
         f'<td class="num"><span class="value">{metric.show(fmean(values))}</span> '
-        f'<span class="soft small">{spread}</span>{_strip(values, min(every), max(every), own)}'
+        f'<span class="soft small spread">{spread}</span>{_strip(values, min(every), max(every), own)}'
         + ("" if own else _difference(proof, values, metric))
         + "</td>"
     )
@@ -254,9 +260,17 @@ def _facts(outcome: Outcome, proof: Proof) -> str:
             ("peak memory", size(proof.peak_memory_bytes)),
             ("finished", escape(outcome.finished)),
             ("versions", escape(versions)),
+            ("details", _details(proof)),
             ("full scale", f"<pre>{escape(proof.command)}</pre>" if proof.command else ""),
         ]
     )
+
+
+def _details(proof: Proof) -> str:
+    if not proof.details:
+        return ""
+    text = json.dumps(proof.details, indent=2, ensure_ascii=False)
+    return f"<details><summary>show as JSON</summary><pre>{escape(text)}</pre></details>"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,8 +83,8 @@ def test_lower_is_better_turns_the_comparison(tmp_path: Path) -> None:
 
 def test_several_claims_are_told_apart(tmp_path: Path) -> None:
     claims = [
-        {"claim": "First claim.", "rule": "r1", "holds": True, "reason": "0.9 > 0.5"},
-        {"claim": "Second claim.", "rule": "r2", "holds": False, "reason": "0.1 < 0.2"},
+        {"text": "First claim.", "rule": "r1", "holds": True, "reason": "0.9 > 0.5"},
+        {"text": "Second claim.", "rule": "r2", "holds": False, "reason": "0.1 < 0.2"},
     ]
     text = words(page_of(tmp_path, proof("one", claims=claims, holds=False), "does not hold"))
     assert "1 of 2 claims hold" in text
@@ -104,6 +104,7 @@ def test_what_a_package_writes_cannot_become_markup(tmp_path: Path) -> None:
         versions={evil: evil},
         notes=[evil],
         pictures=[evil + ".png"],
+        details={evil: [evil]},
         command=evil,
         seeds=[evil, evil],
         methods={"one": {evil: [1, 2]}, evil: {evil: [1, 2]}},
@@ -162,6 +163,10 @@ def test_a_crash_after_a_written_proof_gives_no_verdict(tmp_path: Path) -> None:
         ),
         ({"methods": {"one": {"accuracy": [float("nan")]}}}, "NaN is not a number that can be compared"),
         ({"claims": ["text"]}, "claims[0] should be an object, found 'text'"),
+        (
+            {"claims": [{"text": "t", "rule": "r", "holds": False}]},
+            "proof.json: holds is true, but its claims say otherwise",
+        ),
         ({"claims": [{"text": "t", "rule": "r"}]}, "claims[0]: the field holds is missing"),
     ],
 )
