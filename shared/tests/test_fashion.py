@@ -1,0 +1,75 @@
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from shared_core import InputError
+from shared_core.datasets import fashion_mnist
+from shared_core.datasets.fashion import DEBIAN_FOLDER
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The idx format: two zero bytes, 8 for bytes, the number of dimensions, the sizes, the bytes."""
+    return (
+        struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for stem, count in (("train", 3), ("t10k", 2)):
+        images, labels = generator.integers(0, 256, (count, 28, 28)), np.arange(count)
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return tmp_path
+
+
+def test_packed_and_unpacked_files(folder):
+    splits = fashion_mnist(folder)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "test": 2}
+    first = np.random.default_rng(0).integers(0, 256, (3, 28, 28))
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in splits["train"]["image"]]), first)
+    assert splits["train"].features["label"].int2str(splits["train"][1]["label"]) == "Trouser"
+
+
+def test_missing_files_are_named_with_the_package_that_has_them(folder):
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(
+        InputError, match=r"no t10k-labels-idx1-ubyte .*apt-get install dataset-fashion-mnist"
+    ):
+        fashion_mnist(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not an idx file of bytes with 1 dimensions"),
+        (idx(np.zeros((2, 2))), "is not an idx file of bytes with 1 dimensions"),
+        (idx(np.arange(3))[:-1], "is cut short or too long: expected 3 bytes after the header, got 2"),
+        (idx(np.arange(4)), "has 4 labels for 3 images"),
+        (idx(np.array([0, 1, 10])), r"expected labels 0 to 9 \(got 10\)"),
+    ],
+)
+def test_a_damaged_file_is_named(folder, content, message):
+    (folder / "train-labels-idx1-ubyte").write_bytes(content)
+    with pytest.raises(InputError, match=f"train-labels-idx1-ubyte: {message}"):
+        fashion_mnist(folder)
+
+
+def test_a_damaged_packed_file_is_named(folder):
+    file = folder / "train-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: is not a whole gzip file"):
+        fashion_mnist(folder)
+
+
+@pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="needs the system package dataset-fashion-mnist")
+def test_the_whole_set():
+    splits = fashion_mnist()
+    assert {name: np.bincount(split["label"]).tolist() for name, split in splits.items()} == {
+        "train": [6000] * 10,
+        "test": [1000] * 10,
+    }
