@@ -13,11 +13,13 @@ from tools.workspace import Member
 def deptry(member: Member) -> list[str]:
     """The check that a member declares what its source imports, and nothing else.
 
-    Only src is checked: the extra ``test`` is for tests, which import what they like from it. A member maps
-    distributions to import names, and excuses those it needs without an import, in its own [tool.deptry].
+    Only src is checked. It may import nothing that only the extra ``test`` brings, nor what only ``all`` would,
+    which refers to the others. A member maps distributions to import names, and excuses those it needs without
+    an import, in its own [tool.deptry].
     """
     command = [sys.executable, "-m", "deptry", "src", "--known-first-party", member.import_name]
-    return [*command, "--optional-dependencies-dev-groups", "test"] if "test" in member.extras else command
+    other = [extra for extra in ("test", "all") if extra in member.extras]
+    return [*command, "--optional-dependencies-dev-groups", ",".join(other)] if other else command
 
 
 def checks(root: Path = workspace.ROOT) -> list[tuple[str, list[str], Path]]:
