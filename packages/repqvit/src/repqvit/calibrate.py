@@ -22,12 +22,17 @@ from repqvit.tracing import NormSite, Wiring
 Forward = Callable[[nn.Module], Any]
 
 
-def install(model: nn.Module, wiring: Wiring, recipe: Recipe) -> None:
-    """Replace layers and attention in place by quantizing ones; all quantizers are off."""
+def install(model: nn.Module, wiring: Wiring, recipe: Recipe, calibrated: bool = False) -> None:
+    """Replace layers and attention in place by quantizing ones; all quantizers are off.
+
+    calibrated: with the quantizers that a calibrated model ends with (one scale on a LayerNorm output that has been
+        reparameterized), ready to be given their parameters.
+    """
     changeable = [site for site in wiring.sites if not site.obstacle]
     norm_quantizers = {}
     for site in changeable:
-        quantizer = recipe.norm_quantizer()  # one for all linear layers that read the same LayerNorm
+        # One for all linear layers that read the same LayerNorm.
+        quantizer = recipe.norm_quantizer(after_change=calibrated)
         norm_quantizers.update(dict.fromkeys(site.linears, quantizer))
     for name in wiring.layers:
         source = model.get_submodule(name)
@@ -65,8 +70,7 @@ def calibrate(model: nn.Module, wiring: Wiring, recipe: Recipe, forwards: Sequen
         forwards: each runs the model on a part of the calibration batch.
     """
     sites = [site for site in wiring.sites if not site.obstacle]
-    changes_variables = recipe.norm in ("reparameterized", "smooth")
-    if not changes_variables:
+    if not recipe.changes_variables:
         _quantize_weights(model, wiring.layers)
         _arm_and_run(model, forwards)
     elif recipe.order == "official" and recipe.norm == "reparameterized":
@@ -121,7 +125,7 @@ def _reparameterize(model: nn.Module, site: NormSite, recipe: Recipe) -> None:
         per_channel.scale, per_channel.zero_point, per_channel.bits, recipe.round_zero_point
     )
     _change(model, site, merged.ratio, merged.shift)
-    per_tensor = UniformAffine(per_channel.bits, search=recipe.search)
+    per_tensor = recipe.norm_quantizer(after_change=True)
     per_tensor.set_parameters(merged.scale, merged.zero_point)
     per_tensor.sqnr_db = per_channel.sqnr_db  # the same codes
     for linear in linears:
@@ -134,6 +138,6 @@ def _smooth(model: nn.Module, site: NormSite, recipe: Recipe) -> None:
     observed = linears[0].input_quantizer
     factors = baselines.smoothing_factors(observed.scale, weight_max, recipe.smooth_alpha)
     _change(model, site, factors, torch.zeros_like(factors))
-    per_tensor = UniformAffine(observed.bits, search=recipe.search)
+    per_tensor = recipe.norm_quantizer(after_change=True)
     for linear in linears:
         linear.input_quantizer = per_tensor

@@ -55,10 +55,24 @@ class QuantizedWeight(nn.Module):
         )
 
 
-class QuantLinear(nn.Linear):
+class _WithQuantizedWeight:
+    """A layer whose `weight` is the original one before `quantize_weight`, and the dequantized one from then on."""
+
+    weight: Tensor
+    quantized: QuantizedWeight
+
+    def quantize_weight(self) -> None:
+        self.weight = nn.Parameter(self.quantized.fit(self.weight), requires_grad=False)
+
+    def set_weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        self.quantized.codes, self.quantized.scale, self.quantized.zero_point = codes, scale, zero_point
+        self.weight = nn.Parameter(self.quantized.dequantize(), requires_grad=False)
+
+
+class QuantLinear(_WithQuantizedWeight, nn.Linear):
     """`nn.Linear` with a quantizer on its input and a quantized weight.
 
-    `weight` always holds the values in use: the original ones before `quantize_weight`, the dequantized ones after.
+    `input_shift`, where set, is added to the input first: see `reparameterize.change_site`.
     """
 
     def __init__(self, source: nn.Linear, input_quantizer: Quantizer, quantized: QuantizedWeight) -> None:
@@ -70,15 +84,12 @@ class QuantLinear(nn.Linear):
         self.input_shift: Tensor | None
         self.register_buffer("input_shift", None)
 
-    def quantize_weight(self) -> None:
-        self.weight = nn.Parameter(self.quantized.fit(self.weight), requires_grad=False)
-
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.input_shift is None else input + self.input_shift
         return F.linear(self.input_quantizer(x), self.weight, self.bias)
 
 
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(_WithQuantizedWeight, nn.Conv2d):
     """`nn.Conv2d` with a per-tensor quantizer on its input and a quantized weight; see `QuantLinear`."""
 
     def __init__(self, source: nn.Conv2d, input_quantizer: Quantizer, quantized: QuantizedWeight) -> None:
@@ -98,9 +109,6 @@ class QuantConv2d(nn.Conv2d):
         self.bias = source.bias
         self.input_quantizer = input_quantizer
         self.quantized = quantized
-
-    def quantize_weight(self) -> None:
-        self.weight = nn.Parameter(self.quantized.fit(self.weight), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(self.input_quantizer(input), self.weight, self.bias)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,10 +68,11 @@ class QuantizedModel(nn.Module):
     Attributes that it lacks are those of the wrapped model (`config`, `forward_features`, ...).
     """
 
-    def __init__(self, model: nn.Module, report: Report) -> None:
+    def __init__(self, model: nn.Module, report: Report, wiring: tracing.Wiring) -> None:
         super().__init__()
         self.model = model
         self.report = report
+        self.wiring = wiring
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -81,7 +83,7 @@ class QuantizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the integer weights, packed at their width, and all else to a safetensors file; see `load`."""
         from repqvit import checkpoint
 
@@ -138,7 +140,7 @@ def quantize(
         calibrate.calibrate(model, wiring, recipe, forwards)
     except ValueError as error:
         raise InputError(f"calibration failed: {error}") from error
-    return QuantizedModel(model.requires_grad_(False), _report(model, recipe, wiring))
+    return QuantizedModel(model.requires_grad_(False), _report(model, recipe, wiring), wiring)
 
 
 def _resolve(recipe: str | Recipe, w_bits: int | None, a_bits: int | None) -> Recipe:

@@ -64,9 +64,16 @@ class Recipe:
     def activation_quantizer(self, bits: int | None = None) -> Quantizer:
         return UniformAffine(bits or self.a_bits, search=self.search)
 
-    def norm_quantizer(self) -> Quantizer:
-        """For a LayerNorm output that can take the recipe's form, before any change of variables."""
+    @property
+    def changes_variables(self) -> bool:
+        """Whether LayerNorms and the linear layers after them are changed to suit one scale."""
+        return self.norm in ("reparameterized", "smooth")
+
+    def norm_quantizer(self, after_change: bool = False) -> Quantizer:
+        """For a LayerNorm output that can take the recipe's form, before or after the change of variables."""
         bits = self.norm_bits or self.a_bits
+        if after_change and self.changes_variables:
+            return UniformAffine(bits, search=self.search)
         if self.norm == "power-of-two-factor":
             return baselines.PowerOfTwoFactor(bits)
         if self.norm == "smooth":
