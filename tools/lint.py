@@ -13,9 +13,9 @@ from tools.workspace import Member
 def deptry(member: Member) -> list[str]:
     """The check that a member declares what its source imports, and nothing else.
 
-    Only src is checked, and it may import nothing that only the extra ``test`` brings. The extra ``all`` refers
-    to the others. A member maps distributions to import names, and excuses those that it needs without an
-    import, in its own [tool.deptry].
+    Only src is checked, and it may import nothing that only the extra ``test`` brings. The extra ``all``
+    refers to the others. A member maps distributions to import names, and excuses those that it needs without
+    an import, in its own [tool.deptry].
     """
     command = [sys.executable, "-m", "deptry", "src", "--known-first-party", member.import_name]
     other = [extra for extra in ("test", "all") if extra in member.extras]
