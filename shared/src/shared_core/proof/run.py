@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, SupportsFloat
+
+import numpy as np
 
 from shared_core.errors import InputError
 from shared_core.files import write_json
@@ -76,7 +78,7 @@ class ProofRun:
         except OSError as error:
             raise InputError(f"the folder cannot be made: {error.strerror}", file=self.out) from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProofRun":
         self._started = time.perf_counter()
         return self
 
@@ -107,7 +109,7 @@ class ProofRun:
         format(0.0, fmt)  # a wrong format shows here and not after the run
         self._metrics[name] = Metric(name, label or name, bool(higher_is_better), unit, fmt)
 
-    def add(self, method: str, metric: str, value: float) -> None:
+    def add(self, method: str, metric: str, value: SupportsFloat) -> None:
         """Append the value of the next seed. The method that is proved is named like the package."""
         if metric not in self._metrics:
             raise ValueError(f"metric {metric!r} is not declared: one of {list(self._metrics)}")
@@ -121,7 +123,7 @@ class ProofRun:
             )
         values.append(number)
 
-    def claim(self, text: str, *, rule: str, holds: bool, reason: str) -> None:
+    def claim(self, text: str, *, rule: str, holds: bool | np.bool, reason: str) -> None:
         """State a claim.
 
         Args:
