@@ -2,13 +2,51 @@
 
     quantized = repqvit.quantize(model, calibration_images, w_bits=4, a_bits=4)
 
-Li, Xiao, Yang, Gu: "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision Transformers",
-ICCV 2023, arXiv 2212.08254.
+Li, Xiao, Yang, Gu: "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision
+Transformers", ICCV 2023, arXiv 2212.08254.
 """
 
-from repqvit.checkpoint import load
-from repqvit.quantized import QuantizedModel, quantize
-from repqvit.recipes import RECIPES, Recipe
-from repqvit.reparameterize import reparameterize_layernorm
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["quantize", "QuantizedModel", "load", "Recipe", "RECIPES", "reparameterize_layernorm"]
+if TYPE_CHECKING:
+    from repqvit.checkpoint import load
+    from repqvit.evaluation import compare, evaluate
+    from repqvit.quantized import QuantizedModel, quantize
+    from repqvit.recipes import RECIPES, Recipe
+    from repqvit.reparameterize import reparameterize_layernorm
+
+__all__ = [
+    "quantize",
+    "QuantizedModel",
+    "load",
+    "evaluate",
+    "compare",
+    "Recipe",
+    "RECIPES",
+    "reparameterize_layernorm",
+]
+
+# Each name is imported at first use, so that `repqvit --help` and its errors about options need no torch.
+_HOME = {
+    "quantize": "quantized",
+    "QuantizedModel": "quantized",
+    "load": "checkpoint",
+    "evaluate": "evaluation",
+    "compare": "evaluation",
+    "Recipe": "recipes",
+    "RECIPES": "recipes",
+    "reparameterize_layernorm": "reparameterize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'repqvit' has no attribute {name!r}")
+    value = getattr(import_module(f"repqvit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
