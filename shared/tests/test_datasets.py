@@ -105,6 +105,9 @@ def test_samples_that_are_not_here_are_input_errors(tmp_path, monkeypatch):
     command = r"python -m pip download --no-deps .* --require-hashes -d \.cache/wheels -r embedded\.txt"
     with pytest.raises(InputError, match=rf"foolbox is neither installed .*{command}"):
         ours.labelled_samples("mnist")
+    for load, extra in ((ours.digits, "vision"), (ours.photographs, "vision"), (ours.mnist5k, "samples")):
+        with pytest.raises(InputError, match=rf"is not installed: pip install 'shared-core\[{extra}\]'"):
+            load()
 
 
 def test_photographs_are_in_colour_and_no_picture_comes_twice():

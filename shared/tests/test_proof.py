@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -286,7 +287,7 @@ def test_a_difference_is_green_where_every_seed_is_better_and_red_where_every_se
     show(record, console)
     assert isinstance(console.file, io.StringIO)
     code = {"green": 32, "red": 31}[style]
-    assert f"\x1b[{code}m+12.0 [+10.0..+14.0]" in console.file.getvalue()
+    assert re.search(rf"\x1b\[{code}m *\+12\.0 \[\+10\.0\.\.\+14\.0\]", console.file.getvalue())
 
 
 def test_the_table_fits_in_100_columns_with_long_names(tmp_path):

