@@ -16,6 +16,7 @@ if [ ! -s "$scratch/block.sh" ]; then
 fi
 mkdir "$scratch/checkout"
 git ls-files -z shared packages | tar --null -T - -cf - | (cd "$scratch/checkout" && tar xf -)
+. tools/uv-env.sh
 cd "$scratch/checkout"
 echo "== README, one package alone:"
 cat "$scratch/block.sh"
