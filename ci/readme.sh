@@ -15,7 +15,7 @@ if [ ! -s "$scratch/block.sh" ]; then
     exit 2
 fi
 mkdir "$scratch/checkout"
-git ls-files -z shared packages | tar --null -T - -cf - | (cd "$scratch/checkout" && tar xf -)
+git ls-files -z | tar --null -T - -cf - | (cd "$scratch/checkout" && tar xf -)
 . tools/uv-env.sh
 cd "$scratch/checkout"
 echo "== README, one package alone:"
