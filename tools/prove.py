@@ -48,7 +48,9 @@ def prove(member: Member, runs: Path, *, quick: bool, timeout: float, console: C
         console.file.write(ended.output if console.is_terminal else child.plain(ended.output))
         console.file.write("\n")
     if outcome.status == "crashed":
-        console.print(f"  {escape(report.log_tail(folder, 15))}", style="dim", highlight=False)
+        console.print(
+            f"  {escape(report.log_tail(folder, 15))}", style="dim", highlight=False, soft_wrap=True
+        )
     console.print(
         f"[bold]{member.name}[/]  [{_COLOURS[outcome.status]}]{outcome.status}[/]  {outcome.seconds:.0f} s"
         + (f"  {escape(outcome.reason)}" if outcome.reason else ""),
