@@ -15,15 +15,15 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 .PHONY: help setup prove test lint bench dist clean
 
 help:
-	@echo "make setup                 make $(VENV) and install every package into it, editable; nothing when nothing changed"
+	@echo "make setup                    make $(VENV) and install every package, editable; nothing when nothing changed"
 	@echo "make prove [PKG=x] [QUICK=1]  run the proofs on real data; writes runs/report.html"
-	@echo "make test  [PKG=x]         run the tests of shared/, tools/ and all packages"
-	@echo "make lint                  ruff, basedpyright, deptry"
-	@echo "make bench [PKG=x]         measure against what a user would pick instead; writes runs/bench.html"
-	@echo "make dist  [PKG=x|all]     build every wheel, then install one package (or each) by name in a fresh environment"
-	@echo "make clean                 remove $(VENV), .cache, dist, runs"
+	@echo "make test  [PKG=x]            run the tests of shared/, tools/ and all packages"
+	@echo "make lint                     ruff, basedpyright, deptry"
+	@echo "make bench [PKG=x]            measure against what a user would pick instead; writes runs/bench.html"
+	@echo "make dist  [PKG=x|all]        build every wheel, install one package (or each) by name in a fresh environment"
+	@echo "make clean                    remove $(VENV), .cache, dist, runs"
 	@echo
-	@echo "PKG=repqvit names one package. PYTHON=python3.12 and VENV=.venv-3.12 make another environment."
+	@echo "PKG=x names one package. PYTHON=python3.12 and VENV=.venv-3.12 make another environment."
 	@echo "UV_TORCH_BACKEND=cpu picks CPU-only torch. UV=0 installs with plain pip."
 
 setup: $(STAMP)

@@ -34,7 +34,14 @@ def test_the_readme_lists_ten_packages_and_which_of_them_are_here() -> None:
 def test_nothing_else_names_a_package() -> None:
     """A package exists by its folder: another list would be a second place to edit."""
     listed = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in readme_table()))
-    files = ["pyproject.toml", ".github/workflows/ci.yml", ".ci/run", "ci/test-package.sh", "ci/readme.sh"]
+    files = [
+        "Makefile",
+        "pyproject.toml",
+        ".github/workflows/ci.yml",
+        ".ci/run",
+        "ci/test-package.sh",
+        "ci/readme.sh",
+    ]
     for file in [*files, *(str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*.*"))]:
         assert listed.findall(re.sub("#.*", "", (ROOT / file).read_text())) == [], file
 
