@@ -268,6 +268,7 @@ def printed(record: ProofRecord, width: int = 100) -> str:
 
 def test_the_table_shows_each_method_with_its_spread_and_the_paired_difference(tmp_path):
     rows = [" ".join(line.replace("│", " ").split()) for line in printed(record_of(tmp_path)).splitlines()]
+    assert "┃ metric ┃ method ┃ mean [min..max] of 3 seeds ┃ repqvit minus it, by seed ┃" in rows
     assert "top-1 agreement (%) ↑ repqvit 91.0 [90.0..92.0]" in rows
     assert "minmax 79.0 [78.0..80.0] +12.0 [+10.0..+14.0]" in rows
     assert "output error ↓ repqvit 0.0200 [0.0100..0.0300]" in rows

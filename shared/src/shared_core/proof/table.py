@@ -30,8 +30,9 @@ def _table(record: ProofRecord) -> Table:
     table = Table(title=Text(f"{record.package} {record.version}" + (" (quick)" if record.quick else "")))
     table.add_column("metric")
     table.add_column("method")
-    table.add_column(f"mean [min..max] of {count} seed{'s' if count > 1 else ''}", justify="right")
-    table.add_column(f"{record.package} minus it, by seed", justify="right")
+    # As Text, since rich would take the square brackets of a plain string for markup.
+    table.add_column(Text(f"mean [min..max] of {count} seed{'s' if count > 1 else ''}"), justify="right")
+    table.add_column(Text(f"{record.package} minus it, by seed"), justify="right")
     for metric in record.metrics:
         unit = f" ({metric.unit})" if metric.unit else ""
         label = f"{metric.label}{unit} {'↑' if metric.higher_is_better else '↓'}"
