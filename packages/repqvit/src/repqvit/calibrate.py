@@ -80,16 +80,22 @@ def calibrate(model: nn.Module, wiring: Wiring, recipe: Recipe, forwards: Sequen
         for name, weight in original.items():
             model.get_submodule(name).weight = weight
         for site in sites:
-            _reparameterize(model, site, recipe)
+            reparameterize(model, site, recipe)
         _quantize_weights(model, original)  # the rows have changed: search their ranges again
     else:
+        observe_norms(model, wiring, forwards)
         for site in sites:
-            _linears(model, site)[0].input_quantizer.state = "observing"
-        lockstep.run([lambda f=f: f(model) for f in forwards])
-        for site in sites:
-            (_smooth if recipe.norm == "smooth" else _reparameterize)(model, site, recipe)
+            (_smooth if recipe.norm == "smooth" else reparameterize)(model, site, recipe)
         _quantize_weights(model, wiring.layers)
         _arm_and_run(model, forwards)
+
+
+def observe_norms(model: nn.Module, wiring: Wiring, forwards: Sequence[Forward]) -> None:
+    """Calibrate the quantizers of changeable LayerNorm outputs on the floating-point model; they stay off."""
+    for site in wiring.sites:
+        if not site.obstacle:
+            _linears(model, site)[0].input_quantizer.state = "observing"
+    lockstep.run([lambda f=f: f(model) for f in forwards])
 
 
 def _linears(model: nn.Module, site: NormSite) -> list[QuantLinear]:
@@ -118,7 +124,8 @@ def _change(model: nn.Module, site: NormSite, ratio: Tensor, shift: Tensor) -> N
         linear.input_shift = input_shift
 
 
-def _reparameterize(model: nn.Module, site: NormSite, recipe: Recipe) -> None:
+def reparameterize(model: nn.Module, site: NormSite, recipe: Recipe) -> None:
+    """Merge the per-channel quantizer of a site, in place: LayerNorm, linear layers and their input quantizer."""
     linears = _linears(model, site)
     per_channel = linears[0].input_quantizer
     merged = merge_channels(

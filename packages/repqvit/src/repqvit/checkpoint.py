@@ -28,7 +28,8 @@ from repqvit.ranges import RangeSearch
 from repqvit.recipes import Recipe
 from repqvit.tracing import NormSite, Wiring
 
-_FORMAT = "repqvit-1"
+_KEY = "repqvit"
+_FORMAT = 1
 
 
 def save(quantized: QuantizedModel, path: str | Path) -> None:
@@ -48,12 +49,9 @@ def save(quantized: QuantizedModel, path: str | Path) -> None:
     report = asdict(quantized.report)
     for row in report["layers"]:
         row["sqnr_db"] = row["sqnr_db"] if math.isfinite(row["sqnr_db"]) else None
-    metadata = {
-        "format": _FORMAT,
-        "layers": json.dumps(layers),
-        "wiring": json.dumps(asdict(quantized.wiring)),
-        "report": json.dumps(report),
-    }
+    # One key: safetensors writes several in no fixed order, and equal models should be equal files.
+    content = {"format": _FORMAT, "layers": layers, "wiring": asdict(quantized.wiring), "report": report}
+    metadata = {_KEY: json.dumps(content)}
     with files.atomic_path(path) as temporary:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, metadata)
 
@@ -70,10 +68,10 @@ def load(model: nn.Module, path: str | Path) -> QuantizedModel:
             layers that differ).
     """
     path = Path(path)
-    tensors, metadata = _read(path)
-    layers: dict[str, dict[str, Any]] = json.loads(metadata["layers"])
-    report = _report(json.loads(metadata["report"]))
-    wiring = json.loads(metadata["wiring"])
+    tensors, content = _read(path)
+    layers: dict[str, dict[str, Any]] = content["layers"]
+    report = _report(content["report"])
+    wiring = content["wiring"]
     wiring = Wiring(**{**wiring, "sites": [NormSite(**site) for site in wiring["sites"]]})
 
     model = prepared_copy(model)
@@ -97,7 +95,7 @@ def load(model: nn.Module, path: str | Path) -> QuantizedModel:
     return QuantizedModel(model.eval().requires_grad_(False), report, wiring)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise InputError("no such file", file=path)
     try:
@@ -106,13 +104,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise InputError(f"not a readable safetensors file ({error})", file=path) from error
-    if metadata.get("format") != _FORMAT:
+    if _KEY not in metadata:
+        raise InputError("not a quantized model of this package", file=path)
+    content = json.loads(metadata[_KEY])
+    if content["format"] != _FORMAT:
         raise InputError(
-            f"not a quantized model of this package: its metadata must have format={_FORMAT}",
+            f"written by another version of this package: format must be {_FORMAT}",
             file=path,
-            value=metadata.get("format"),
+            value=content["format"],
         )
-    return tensors, metadata
+    return tensors, content
 
 
 def _check_architecture(

@@ -35,7 +35,7 @@ class QuantizedWeight(nn.Module):
         self.sqnr_db = float("nan")
 
     @torch.no_grad()
-    def fit(self, weight: Float[Tensor, out *rest]) -> Float[Tensor, out *rest]:
+    def fit(self, weight: Float[Tensor, " out *rest"]) -> Float[Tensor, " out *rest"]:
         """Search the range of every output channel, keep the codes, and return the dequantized weight."""
         rows = weight.detach().flatten(1)
         parameters = symmetric_parameters if self.symmetric else affine_parameters_with_zero
@@ -48,7 +48,7 @@ class QuantizedWeight(nn.Module):
         self.sqnr_db = 10 * math.log10(signal / noise) if noise and signal else math.inf
         return self.dequantize()
 
-    def dequantize(self) -> Float[Tensor, out *rest]:
+    def dequantize(self) -> Float[Tensor, " out *rest"]:
         per_row = (-1, *[1] * (self.codes.ndim - 1))
         return affine_decode(
             self.codes.to(self.scale.dtype), self.scale.view(per_row), self.zero_point.view(per_row)

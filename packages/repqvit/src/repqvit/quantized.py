@@ -73,6 +73,7 @@ class QuantizedModel(nn.Module):
         self.model = model
         self.report = report
         self.wiring = wiring
+        self.eval()
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -245,6 +245,8 @@ def _obstacle(site: NormSite, watcher: _Watcher, tied: set[str]) -> str:
     others = sorted(watcher.consumers.get(site.norm, ()))
     if others:
         return f"its output also goes to {', '.join(others)}"
+    if any(linear in watcher.wiring.heads for linear in site.linears):
+        return "it feeds the head, whose input the paper quantizes per tensor"
     if watcher.norm_calls[site.norm] > 1:
         return "it is used more than once in a forward pass"
     for linear in site.linears:
