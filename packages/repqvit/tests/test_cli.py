@@ -120,39 +120,43 @@ def test_eval_compares_with_the_floating_point_model(
     assert found["bytes"]["quantized"] == weights.stat().st_size
 
 
-def test_eval_without_floating_point_weights_measures_the_quantized_model_alone(
-    data: Path, weights: Path, tmp_path: Path
-):
-    both, alone = tmp_path / "both.json", tmp_path / "alone.json"
-    arguments = ["--weights", weights, "--images", data, "--json"]
-    assert run("eval", *RANDOM, *arguments, both) == 0
-    assert run("eval", *MODEL, *arguments, alone) == 0
-    alone_numbers = json.loads(alone.read_text())
-    assert alone_numbers["agreement"] is None
-    assert alone_numbers["accuracy"] == {"quantized": json.loads(both.read_text())["accuracy"]["quantized"]}
-
-
-def test_eval_of_unlabelled_images_has_agreement_only(data: Path, weights: Path, tmp_path: Path):
+@pytest.mark.parametrize("labels", [True, False])
+def test_eval_measures_what_weights_and_labels_allow(data: Path, weights: Path, tmp_path: Path, labels: bool):
     numbers = tmp_path / "eval.json"
-    arguments = ["--weights", weights, "--images", data, "--no-labels", "--json", numbers]
-    assert run("eval", *RANDOM, *arguments) == 0
+    # Without floating-point weights nothing to agree with, without labels no accuracy.
+    arguments = MODEL if labels else [*RANDOM, "--no-labels"]
+    assert run("eval", *arguments, "--weights", weights, "--images", data, "--json", numbers) == 0
     found = json.loads(numbers.read_text())
-    assert not found["labelled"]
-    assert found["agreement"] is not None
+    assert found["labelled"] == labels
+    assert (found["agreement"] is None) == labels
+    assert set(found["accuracy"]) == ({"quantized"} if labels else set())
 
 
-def test_inspect_shows_tensors_sites_layers_and_draws_histograms(
-    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+OWN = """
+import timm
+
+def make():
+    return timm.create_model("test_vit", depth=1, img_size=32, num_classes=2)
+"""
+
+
+def test_ones_own_model_from_quantization_to_histograms(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    folder = tmp_path / "pictures"
-    code = run("inspect", *RANDOM, "--weights", weights, "--images", data, "--histograms", folder)
-    assert code == 0
+    (tmp_path / "own_models.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)  # a module in the working directory is found
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    model = ["--model", "own_models:make"]
+    assert run("quantize", *model, "--images", data, "--out", "q.safetensors", "--count", 8) == 0
+    arguments = ["--weights", "q.safetensors", "--images", data, "--histograms", "pictures"]
+    assert run("inspect", *model, *arguments) == 0
     printed = capsys.readouterr().out
-    for expected in ("LogSqrt2", "blocks.5.mlp.fc2", "token selection before the linear layer", "cosine"):
+    for expected in ("LogSqrt2", "blocks.0.mlp.fc2", "token selection before the linear layer", "cosine"):
         assert expected in printed
-    assert "12 pictures in" in printed
-    with Image.open(folder / "blocks.0.norm1.png") as picture:
+    assert "2 pictures in pictures" in printed
+    with Image.open(tmp_path / "pictures/blocks.0.norm1.png") as picture:
         assert picture.width == 1200
+    sys.modules.pop("own_models")
 
 
 def test_inspect_needs_no_weights_for_the_table(weights: Path, capsys: pytest.CaptureFixture[str]):
@@ -196,7 +200,7 @@ def test_prove_ends_with_the_verdict(code: int, tmp_path: Path, monkeypatch: pyt
         (["quantize", *RANDOM, "--images", "{data}/nowhere", "--out", "{out}"], "does not exist"),
         (
             ["quantize", *RANDOM, "--images", "{data}", "--out", "{out}", "--w-bits", "9"],
-            "9 is not in the range",
+            "invalid value for '--w-bits'",
         ),
         (
             ["quantize", *RANDOM, "--images", "{data}", "--out", "x.bin"],

@@ -194,7 +194,7 @@ def test_layernorm_outputs_are_left_out_and_all_else_is_there(pair: tuple[nn.Mod
 def test_more_bits_leave_less_noise_in_every_block():
     model = small_vit()
     noise = []
-    for bits in (3, 5, 8):
+    for bits in (3, 8):
         rows = compare(model, quantize(model, pixels(), w_bits=bits, a_bits=bits), pixels())
         noise.append([row.sqnr_db for row in rows if row.kind in ("block", "output")])
     for coarse, fine in pairwise(noise):

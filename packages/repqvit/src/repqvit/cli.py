@@ -300,9 +300,10 @@ def export(
         size = source.preprocessing.image_size
         if size is None:
             raise InputError("the model takes images of any size: say which", field="image-size")
+        form: Any = softmax  # checked by the option
         channels = 1 if source.preprocessing.mode == "L" else 3
         with _status("exporting"):
-            export_onnx(quantized, out, torch.zeros(1, channels, *size), form="qdq", softmax=softmax)
+            export_onnx(quantized, out, torch.zeros(1, channels, *size), "qdq", form)
     table = Table("exported", str(out))
     table.add_row("bytes of the quantized weights", f"{weights.stat().st_size:,}")
     table.add_row("bytes of the ONNX file", f"{out.stat().st_size:,}")
@@ -470,6 +471,7 @@ def _warnings_in_one_line() -> Iterator[None]:
             print(f"warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         yield
 

@@ -359,9 +359,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 file=path,
             ) from error
         except (RuntimeError, EOFError, ValueError) as error:
-            raise InputError(
-                f"not a readable checkpoint ({str(error).splitlines()[0]})", file=path
-            ) from error
+            raise InputError(f"not a readable checkpoint ({_first_line(error)})", file=path) from error
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -408,6 +406,10 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _unknown(library: str, name: str, known: list[str]) -> InputError:
     close = difflib.get_close_matches(name, known, n=3)
     return InputError(
@@ -438,10 +440,10 @@ def _making(spec: ModelSpec) -> Iterator[None]:
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not spec.pretrained:
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            advice = (
-                "without a network give --checkpoint FILE"
-                if spec.pretrained
-                else "give a local folder, or --pretrained to let the library fetch it"
-            )
-            raise InputError(f"{spec.name} could not be had ({reason}); {advice}") from error
+            if not spec.pretrained:
+                advice = "give a local folder, or --pretrained to let the library fetch it"
+            elif spec.name.startswith("hf/"):
+                advice = "without a network give a local folder, hf/FOLDER"
+            else:
+                advice = "without a network give --checkpoint FILE"
+            raise InputError(f"{spec.name} could not be had ({_first_line(error)}); {advice}") from error
