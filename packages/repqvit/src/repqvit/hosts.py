@@ -111,7 +111,12 @@ class SelfAttention(nn.Module):
         return (out if self.batch_first else out.transpose(0, 1)), None
 
     def _mask(
-        self, attn: Tensor | None, padding: Tensor | None, batch: int, tokens: int, dtype: torch.dtype
+        self,
+        attn: Tensor | None,
+        padding: Tensor | None,
+        batch: int | torch.SymInt,  # symbolic under torch.export
+        tokens: int | torch.SymInt,
+        dtype: torch.dtype,
     ) -> Tensor | None:
         """One additive mask. In nn.MultiheadAttention True means "do not attend", unlike in SDPA."""
 
