@@ -1,4 +1,5 @@
-"""Small models of every supported library, with random weights and LayerNorm parameters that are not trivial."""
+"""Small models of every supported library, with random weights and LayerNorm parameters that are not
+trivial."""
 
 from __future__ import annotations
 

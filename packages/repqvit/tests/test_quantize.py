@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import hosted_models
 import pytest
-import repqvit
 import torch
 from hosted_models import MODELS, build, images, logits
+from torch import nn
+
+import repqvit
 from repqvit import calibrate, quantized, tracing
 from repqvit.layers import AttentionQuantizers, QuantConv2d, QuantLinear
 from repqvit.quantizers import Quantizer
 from repqvit.recipes import RECIPES, Recipe
 from shared_core import InputError
-from torch import nn
 
 
 @pytest.fixture(params=list(MODELS))
@@ -129,7 +130,8 @@ def test_weight_ranges_are_searched_again_after_the_change():
 
 @torch.no_grad()
 def test_fp_first_order_is_invariant_to_a_rescaling_that_preserves_the_function():
-    """Stress: channels of LayerNorm outputs rescaled by g, the next weights by 1/g. The merged ratio undoes it."""
+    """Stress: channels of LayerNorm outputs rescaled by g, the next weights by 1/g. The merged ratio undoes
+    it."""
     model, x = build("timm-vit"), images("timm-vit", 16)
     stressed = copy.deepcopy(model)
     factors = torch.exp(1.5 * torch.randn(32))
@@ -215,7 +217,7 @@ def test_weights_take_their_width_on_disk(tmp_path):
         with safe_open(path, "pt") as file:
             sizes = {
                 k: file.get_tensor(k).numel() for k in file.keys() if file.get_tensor(k).is_floating_point()
-            }  # noqa: SIM118
+            }
         assert max(sizes.values()) <= model.pos_embed.numel()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from repqvit.baselines import PowerOfTwoFactor, TwinUniformGelu, TwinUniformSoftmax
 from repqvit.quantizers import (
     Log2,

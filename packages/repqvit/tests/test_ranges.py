@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from repqvit.ranges import (
     RangeSearch,
     affine_parameters,
@@ -30,7 +31,8 @@ def test_percentiles_of_chunks_are_numpys_percentiles_of_their_concatenation(sam
 
 
 def _official_search(column: np.ndarray, bits: int) -> tuple[float, float]:
-    """The paper's search for one channel, in float64 numpy: three percentiles, the first of the least errors."""
+    """The paper's search for one channel, in float64 numpy: three percentiles, the first of the least
+    errors."""
     best = None
     for p in (0.999, 0.9999, 0.99999):
         high, low = np.percentile(column, 100 * p), np.percentile(column, 100 * (1 - p))

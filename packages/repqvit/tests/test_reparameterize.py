@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from repqvit import reparameterize_layernorm
 from repqvit.quantizers import affine_encode
 from repqvit.ranges import RangeSearch, fit_affine
 from repqvit.reparameterize import change_site, merge_channels
-from torch import nn
 
 
 def site(channels=12, outputs=(7, 5), bias=True, seed=0):

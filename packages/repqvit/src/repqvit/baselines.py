@@ -1,4 +1,6 @@
-"""What the paper compares with, on the same quantizer classes: FQ-ViT, PTQ4ViT's twin uniform ranges, SmoothQuant."""
+"""What the paper compares with, on the same quantizer classes: FQ-ViT, PTQ4ViT's twin uniform ranges,
+SmoothQuant.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from repqvit.ranges import fake_quantize, mean_error, percentile_ranges
 
 
 class PowerOfTwoFactor(Quantizer):
-    """FQ-ViT's quantizer of LayerNorm outputs (Lin et al., 2021, section 3.2): scale s1 2^k with k in 0..3 a channel.
+    """FQ-ViT's quantizer of LayerNorm outputs (Lin et al., 2021, section 3.2): scale s1 2^k with k in 0..3 a
+    channel.
 
-    s1 is an eighth of the min-max scale of the whole tensor; k is chosen for each channel by least squared error; there
-    is one zero point. At inference the factor is a shift by k bits.
+    s1 is an eighth of the min-max scale of the whole tensor; k is chosen for each channel by least squared
+    error; there is one zero point. At inference the factor is a shift by k bits.
     """
 
     FACTORS = (1, 2, 4, 8)
@@ -41,8 +44,9 @@ class PowerOfTwoFactor(Quantizer):
 class TwinUniformSoftmax(Quantizer):
     """PTQ4ViT's quantizer of post-softmax values (Yuan et al., ECCV 2022, section 3.2): two uniform ranges.
 
-    One bit selects the range. The large values have the step s2 = 1 / 2^(b-1); the small ones s1 = s2 / 2^m, where m is
-    chosen by least squared error (PTQ4ViT weights the error by a Hessian; the quantizer is the same).
+    One bit selects the range. The large values have the step s2 = 1 / 2^(b-1); the small ones s1 = s2 / 2^m,
+    where m is chosen by least squared error (PTQ4ViT weights the error by a Hessian; the quantizer is the
+    same).
     """
 
     MAX_EXPONENT = 12
@@ -66,9 +70,11 @@ class TwinUniformSoftmax(Quantizer):
 
 
 class TwinUniformGelu(Quantizer):
-    """PTQ4ViT's quantizer of post-GELU values: one uniform range for the negative values, one for the positive.
+    """PTQ4ViT's quantizer of post-GELU values: one uniform range for the negative values, one for the
+    positive.
 
-    The step of the negative range covers the minimum, s1 = |min| / 2^(b-1); that of the positive range is s2 = 2^m s1.
+    The step of the negative range covers the minimum, s1 = |min| / 2^(b-1); that of the positive range is s2
+    = 2^m s1.
     """
 
     MAX_EXPONENT = 12
@@ -95,9 +101,11 @@ class TwinUniformGelu(Quantizer):
 def smoothing_factors(
     activation_max: Float[Tensor, " channels"], weight_max: Float[Tensor, " channels"], alpha: float = 0.5
 ) -> Float[Tensor, " channels"]:
-    """SmoothQuant's migration strength (Xiao et al., ICML 2023, eq. 4): max|X_j|^alpha / max|W_j|^(1 - alpha).
+    """SmoothQuant's migration strength (Xiao et al., ICML 2023, eq. 4): max|X_j|^alpha / max|W_j|^(1 -
+    alpha).
 
-    Activations are divided by it and the weights' columns multiplied: `reparameterize.change_site` with no shift.
+    Activations are divided by it and the weights' columns multiplied: `reparameterize.change_site` with no
+    shift.
     """
     eps = torch.finfo(activation_max.dtype).eps
     factors = activation_max.clamp_min(eps).pow(alpha) / weight_max.clamp_min(eps).pow(1 - alpha)
@@ -112,4 +120,4 @@ class AbsoluteMaximum(Quantizer):
         self.set_parameters(maxima, torch.zeros_like(maxima))
 
     def quantize(self, x: Tensor) -> Tensor:
-        return x
+        return x.clone()

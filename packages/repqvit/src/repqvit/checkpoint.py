@@ -1,8 +1,9 @@
 """Quantized models on disk: one safetensors file with integer weights packed at their width.
 
-Tensors: for each quantized layer `NAME.weight` (the bit stream), `NAME.quantized.scale` and `.zero_point`; the scale and
-zero point of every activation quantizer; and whatever the model keeps in floating point (LayerNorms, biases,
-embeddings) under its own name. The header's metadata hold the recipe and the wiring, so that loading needs no trace.
+Tensors: for each quantized layer `NAME.weight` (the bit stream), `NAME.quantized.scale` and `.zero_point`;
+the scale and zero point of every activation quantizer; and whatever the model keeps in floating point
+(LayerNorms, biases, embeddings) under its own name. The header's metadata hold the recipe and the wiring, so
+that loading needs no trace.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from shared_core import InputError, files
 from torch import Tensor, nn
 
 from repqvit import packing
@@ -27,6 +27,7 @@ from repqvit.quantizers import Quantizer
 from repqvit.ranges import RangeSearch
 from repqvit.recipes import Recipe
 from repqvit.tracing import NormSite, Wiring
+from shared_core import InputError, files
 
 _KEY = "repqvit"
 _FORMAT = 1
@@ -60,11 +61,12 @@ def load(model: nn.Module, path: str | Path) -> QuantizedModel:
     """Read a quantized model.
 
     Args:
-        model: a model of the architecture that was quantized; its weights do not matter, and it is left unchanged.
-        path: a file written by `QuantizedModel.save`.
+        model: a model of the architecture that was quantized; its weights do not matter, and it is left
+        unchanged. path: a file written by `QuantizedModel.save`.
 
     Raises:
-        InputError: for a file of another kind, a damaged one, or one made for another architecture (it names the
+        InputError: for a file of another kind, a damaged one, or one made for another architecture (it names
+        the
             layers that differ).
     """
     path = Path(path)
@@ -138,7 +140,9 @@ def _check_architecture(
 
 
 def _restore_rest(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors that stay in floating point where they belong, creating what the change of variables created."""
+    """Put the tensors that stay in floating point where they belong, creating what the change of variables
+    created.
+    """
     for key, value in tensors.items():
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)

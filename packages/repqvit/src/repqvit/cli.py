@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from shared_core import InputError, command, files
 
 if TYPE_CHECKING:
     import repqvit.quantized
+    import repqvit.ranges
     import repqvit.sources
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
@@ -131,6 +133,13 @@ def quantize(
     w_bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of weights.")] = 4,
     a_bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of activations.")] = 4,
     recipe: Annotated[str, typer.Option(help=", ".join(RECIPE_NAMES), callback=_recipe)] = "repqvit",
+    percentiles: Annotated[
+        str | None,
+        typer.Option(
+            help="Candidates for the end of an activation's range, else 0.999,0.9999,0.99999; 1.0 keeps outliers.",
+            callback=_numbers,
+        ),
+    ] = None,
     batch_size: BatchSize = 32,
     device: Device = "auto",
     checkpoint: Checkpoint = None,
@@ -149,6 +158,11 @@ def quantize(
         from repqvit import images as image_files
         from repqvit.evaluation import float_bytes
         from repqvit.quantized import quantize as quantize_model
+        from repqvit.recipes import named
+
+        settings = named(recipe, w_bits, a_bits)
+        if percentiles:
+            settings = replace(settings, search=_search(settings.search, percentiles))
 
         source = _source(
             model, checkpoint, pretrained, num_classes, image_size, mean, std, needs_weights=True
@@ -158,7 +172,7 @@ def quantize(
         calibration = [batch for batch, _ in image_files.batches(chosen, source.preprocessing, batch_size)]
         begin = time.perf_counter()
         with _status(f"calibrating on {len(chosen.files)} images"):
-            quantized = quantize_model(source.model, calibration, recipe, w_bits=w_bits, a_bits=a_bits)
+            quantized = quantize_model(source.model, calibration, settings)
         seconds = time.perf_counter() - begin
         before = float_bytes(source.model)
         quantized.save(out)
@@ -166,6 +180,7 @@ def quantize(
         "model": model,
         "weights": source.weights,
         "recipe": recipe,
+        "percentiles": list(settings.search.percentiles),
         "w_bits": w_bits,
         "a_bits": a_bits,
         "sites": len(quantized.report.sites),
@@ -180,6 +195,17 @@ def quantize(
     }
     files.write_json(out.with_name(out.name + ".json"), summary)
     _print_summary(summary, quantized)
+
+
+def _search(search: repqvit.ranges.RangeSearch, percentiles: str) -> repqvit.ranges.RangeSearch:
+    if search.kind not in ("percentile-mse", "percentile"):
+        raise InputError(
+            f"the recipe searches ranges by {search.kind}, not by percentiles", field="percentiles"
+        )
+    try:
+        return replace(search, percentiles=tuple(float(part) for part in percentiles.split(",")))
+    except ValueError as error:
+        raise InputError(str(error), field="percentiles") from error
 
 
 def _print_summary(summary: dict[str, Any], quantized: repqvit.quantized.QuantizedModel) -> None:

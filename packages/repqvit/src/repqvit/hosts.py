@@ -1,13 +1,13 @@
 """Make the attention of the host libraries explicit, so that its operands can be quantized.
 
-After `prepare` every attention of a supported model calls `torch.nn.functional.scaled_dot_product_attention` on the
-outputs of `nn.Linear` modules, whichever library it comes from:
+After `prepare` every attention of a supported model calls `torch.nn.functional.scaled_dot_product_attention`
+on the outputs of `nn.Linear` modules, whichever library it comes from:
 
-- timm: the `fused_attn` switch of each attention module selects that call; a bias kept in pieces beside `qkv` (BEiT,
-  EVA) moves into it;
+- timm: the `fused_attn` switch of each attention module selects that call; a bias kept in pieces beside `qkv`
+  (BEiT, EVA) moves into it;
 - transformers: the `sdpa` attention implementation is that call;
-- torchvision: `nn.MultiheadAttention` (ViT) and `ShiftedWindowAttention` (Swin) read projection weights as plain
-  parameters; modules with the same function take their place.
+- torchvision: `nn.MultiheadAttention` (ViT) and `ShiftedWindowAttention` (Swin) read projection weights as
+  plain parameters; modules with the same function take their place.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def _replacement(module: nn.Module) -> nn.Module | None:
 
 
 def _join_qkv_bias(module: nn.Module) -> None:
-    """Where timm keeps q_bias, k_bias (zero) and v_bias beside a bias-free `qkv`, give `qkv` the whole bias."""
+    """Where timm keeps q_bias, k_bias (zero) and v_bias beside a bias-free `qkv`, give `qkv` the whole
+    bias.
+    """
     pieces = [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     qkv = getattr(module, "qkv", None)
     if isinstance(qkv, nn.Linear) and qkv.bias is None and all(isinstance(p, Tensor) for p in pieces):
@@ -183,7 +185,9 @@ class ShiftedWindowSelfAttention(nn.Module):
     def _region_mask(
         self, height: int, width: int, shift: list[int], like: Tensor
     ) -> Float[Tensor, "windows tokens tokens"]:
-        """-100 between tokens that the cyclic shift brought into one window from different parts of the map."""
+        """-100 between tokens that the cyclic shift brought into one window from different parts of the
+        map.
+        """
 
         def part(extent: int, size: int, step: int) -> Tensor:
             position = torch.arange(extent, device=like.device)

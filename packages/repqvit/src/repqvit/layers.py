@@ -12,20 +12,27 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repqvit.quantizers import Quantizer, affine_decode, affine_encode
-from repqvit.ranges import RangeSearch, affine_parameters_with_zero, fit_affine, symmetric_parameters
+from repqvit.ranges import (
+    PAPER_SEARCH,
+    RangeSearch,
+    affine_parameters_with_zero,
+    fit_affine,
+    symmetric_parameters,
+)
 
 
 class QuantizedWeight(nn.Module):
     """Integer codes of a weight with a scale and zero point for each output channel.
 
-    `codes` is uint8 `(out, in...)`, `scale` and `zero_point` are `(out,)`; the weight is scale (codes - zero_point).
+    `codes` is uint8 `(out, in...)`, `scale` and `zero_point` are `(out,)`; the weight is scale (codes -
+    zero_point).
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, bits: int, symmetric: bool = False, search: RangeSearch = RangeSearch()) -> None:
+    def __init__(self, bits: int, symmetric: bool = False, search: RangeSearch = PAPER_SEARCH) -> None:
         super().__init__()
         self.bits = bits
         self.symmetric = symmetric
@@ -56,7 +63,9 @@ class QuantizedWeight(nn.Module):
 
 
 class _WithQuantizedWeight:
-    """A layer whose `weight` is the original one before `quantize_weight`, and the dequantized one from then on."""
+    """A layer whose `weight` is the original one before `quantize_weight`, and the dequantized one from then
+    on.
+    """
 
     weight: Tensor
     quantized: QuantizedWeight
@@ -141,7 +150,8 @@ class AttentionQuantizers(nn.Module):
     ) -> Float[Tensor, "... queries value_width"]:
         """`scaled_dot_product_attention` with quantized operands.
 
-        q is quantized before the scaling by 1/sqrt(d); a constant factor changes nothing for a per-tensor quantizer.
+        q is quantized before the scaling by 1/sqrt(d); a constant factor changes nothing for a per-tensor
+        quantizer.
         """
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
@@ -173,7 +183,9 @@ class _Redirect(TorchFunctionMode):
 
 
 class _QuantizedAttention:
-    """Mixed in before a host's attention class: its own forward, with `scaled_dot_product_attention` redirected."""
+    """Mixed in before a host's attention class: its own forward, with `scaled_dot_product_attention`
+    redirected.
+    """
 
     attention_quantizers: AttentionQuantizers
 

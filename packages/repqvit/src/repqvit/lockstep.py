@@ -1,10 +1,10 @@
 """Several calibration batches as one: their forward passes run in turn and meet at every quantizer.
 
-The paper calibrates on one batch, each layer on inputs that the layers before it already quantized. Where that batch
-does not fit in memory it can be given as several smaller ones. Each runs in a thread of its own; at an uncalibrated
-quantizer all of them stop, the last to arrive calibrates it from the tensors of all, and they go on. One thread runs at
-a time, so that the memory is that of one batch's working set plus the tensors held at the meeting point, and the
-result is that of the single batch.
+The paper calibrates on one batch, each layer on inputs that the layers before it already quantized. Where
+that batch does not fit in memory it can be given as several smaller ones. Each runs in a thread of its own;
+at an uncalibrated quantizer all of them stop, the last to arrive calibrates it from the tensors of all, and
+they go on. One thread runs at a time, so that the memory is that of one batch's working set plus the tensors
+held at the meeting point, and the result is that of the single batch.
 """
 
 from __future__ import annotations

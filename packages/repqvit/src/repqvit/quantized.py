@@ -1,4 +1,6 @@
-"""`quantize`: a model and calibration images in, the same model with integer weights and quantized activations out."""
+"""`quantize`: a model and calibration images in, the same model with integer weights and quantized
+activations out.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ FEW_IMAGES = 8
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized tensor: where, how wide, how many scales, and the signal-to-noise ratio on the calibration batch."""
+    """One quantized tensor: where, how wide, how many scales, and the signal-to-noise ratio on the
+    calibration batch.
+    """
 
     name: str
     role: str
@@ -85,7 +89,9 @@ class QuantizedModel(nn.Module):
         return self.model(*args, **kwargs)
 
     def save(self, path: str | Path) -> None:
-        """Write the integer weights, packed at their width, and all else to a safetensors file; see `load`."""
+        """Write the integer weights, packed at their width, and all else to a safetensors file; see
+        `load`.
+        """
         from repqvit import checkpoint
 
         checkpoint.save(self, path)
@@ -102,20 +108,24 @@ def quantize(
     """Quantize a vision transformer after training (RepQ-ViT, ICCV 2023).
 
     Args:
-        model: a ViT, DeiT or Swin (or a detector on top of one) of timm, torchvision or transformers, or one written
+        model: a ViT, DeiT or Swin (or a detector on top of one) of timm, torchvision or transformers, or one
+        written
             like them; left unchanged. Calibration is in float32 on the model's device.
         calibration: preprocessed training images `(images, channels, height, width)`, or a mapping of keyword
-            arguments of the model's forward; 32 in the paper. A sequence of such batches is calibrated as one batch, at
-            the memory of the largest (see `lockstep`).
+            arguments of the model's forward; 32 in the paper. A sequence of such batches is calibrated as one
+            batch, at the memory of the largest (see `lockstep`).
         recipe: a name of `recipes.RECIPES` or a `Recipe`.
         w_bits, a_bits: bit widths of weights and activations, 2 to 8; 4 unless given here or by a `Recipe`.
 
     Returns:
-        The quantized copy. `.report` tells which LayerNorms were reparameterized, and how well each tensor is kept.
+        The quantized copy. `.report` tells which LayerNorms were reparameterized, and how well each tensor is
+        kept.
 
     Raises:
-        InputError: for a model without a LayerNorm that feeds linear layers, an already quantized one, one whose
-            attention cannot be reached, non-finite weights or images, an empty calibration set, bits outside 2..8.
+        InputError: for a model without a LayerNorm that feeds linear layers, an already quantized one, one
+        whose
+            attention cannot be reached, non-finite weights or images, an empty calibration set, bits outside
+            2..8.
 
     Example:
         >>> import timm, torch

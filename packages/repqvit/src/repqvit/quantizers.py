@@ -1,7 +1,7 @@
 """The quantizers of the paper, section 3.1 and 3.4, and those of the methods that it compares with.
 
-Pure functions on tensors first (`*_encode`: values to integer codes, `*_decode`: codes to values), then the modules
-that find their parameters from calibration data and keep them.
+Pure functions on tensors first (`*_encode`: values to integer codes, `*_decode`: codes to values), then the
+modules that find their parameters from calibration data and keep them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from repqvit import lockstep
 from repqvit.ranges import (
+    PAPER_SEARCH,
     RangeSearch,
     affine_parameters,
     affine_parameters_with_zero,
@@ -46,9 +47,9 @@ def log_encode(
 ) -> Float[Tensor, "*shape"]:
     """Q = round(-k log2(a / s)) with k steps an octave: k = 1 is log2, k = 2 is log-sqrt2 (paper, 3.4).
 
-    Codes run from 0 (the value s) upwards. Values too small for the last code become the code 2^b, which decodes to
-    0: the official code's form, with 2^b + 1 levels. With `zero_code` the last of the 2^b codes, 2^b - 1, is the
-    zero instead: 2^b levels, a code of truly b bits.
+    Codes run from 0 (the value s) upwards. Values too small for the last code become the code 2^b, which
+    decodes to 0: the official code's form, with 2^b + 1 levels. With `zero_code` the last of the 2^b codes,
+    2^b - 1, is the zero instead: 2^b levels, a code of truly b bits.
     """
     last = 2**bits - 1 if zero_code else 2**bits
     return (a / scale).log2_().mul_(-steps_per_octave).round_().clamp_(0, last)  # a = 0: -log2 is +inf
@@ -65,7 +66,8 @@ def log_decode(
 def log2_parity_decode(
     codes: Float[Tensor, "*shape"], scale: Tensor, bits: int, zero_code: bool
 ) -> Float[Tensor, "*shape"]:
-    """log-sqrt2 codes through base 2: s~(q) 2^(-ceil(q / 2)), s~(q) = s [1 + P(q) (sqrt2 - 1)], P(q) the parity of q.
+    """log-sqrt2 codes through base 2: s~(q) 2^(-ceil(q / 2)), s~(q) = s [1 + P(q) (sqrt2 - 1)], P(q) the
+    parity of q.
 
     Equal to `log_decode` with two steps an octave; the exponent is an integer, a shift (paper, 3.4).
     """
@@ -76,12 +78,17 @@ def log2_parity_decode(
     return torch.where(codes >= last, 0.0, factor.mul_(torch.exp2(shift.neg_())))
 
 
+def _energy(x: Tensor) -> float:
+    """Sum of squares."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64).square())
+
+
 class Quantizer(nn.Module):
     """A quantizer that calibrates on the first tensor it sees when armed, and quantizes from then on.
 
-    Subclasses set the buffers `scale` and `zero_point` in `fit` and quantize in `quantize`. States: `off` (identity, the
-    state after construction), `armed` (calibrate on the next tensor, then on), `observing` (calibrate on the next tensor,
-    then off) and `on`.
+    Subclasses set the buffers `scale` and `zero_point` in `fit` and quantize in `quantize`. States: `off`
+    (identity, the state after construction), `armed` (calibrate on the next tensor, then on), `observing`
+    (calibrate on the next tensor, then off) and `on`.
     """
 
     scale: Tensor
@@ -112,13 +119,12 @@ class Quantizer(nn.Module):
 
     def fit_from(self, tensors: Sequence[Tensor]) -> None:
         """Calibrate on the given tensors (together they are the calibration batch) and switch on."""
-        for x in tensors:
-            if not torch.isfinite(x).all():
-                raise ValueError("non-finite values reached a quantizer: the model overflows on this input")
+        signal = sum(_energy(x) for x in tensors)
+        if not math.isfinite(signal):
+            raise ValueError("non-finite values reached a quantizer: the model overflows on this input")
         self.fit(tensors)
         self.state = "on"
-        noise = sum(float((self.quantize(x) - x).square().sum()) for x in tensors)
-        signal = sum(float(x.square().sum()) for x in tensors)
+        noise = sum(_energy(self.quantize(x).sub_(x)) for x in tensors)
         self.sqnr_db = 10 * math.log10(signal / noise) if noise and signal else math.inf
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -137,7 +143,8 @@ class Quantizer(nn.Module):
 
 
 class UniformAffine(Quantizer):
-    """Uniform asymmetric quantizer of activations (paper, 3.1), per tensor or for each channel of the last axis.
+    """Uniform asymmetric quantizer of activations (paper, 3.1), per tensor or for each channel of the last
+    axis.
 
     Args:
         bits: 2 to 8.
@@ -145,7 +152,7 @@ class UniformAffine(Quantizer):
         search: how the range is found.
     """
 
-    def __init__(self, bits: int, per_channel: bool = False, search: RangeSearch = RangeSearch()) -> None:
+    def __init__(self, bits: int, per_channel: bool = False, search: RangeSearch = PAPER_SEARCH) -> None:
         super().__init__(bits)
         self.per_channel = per_channel
         self.search = search
@@ -160,7 +167,8 @@ class UniformAffine(Quantizer):
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         super().set_parameters(scale, zero_point)
-        # One zero point is kept as a number, too: clamping to numbers is faster, and needs no device synchronization.
+        # One zero point is kept as a number, too: clamping to numbers is faster, and needs no device
+        # synchronization.
         self._zero_point = float(zero_point) if zero_point.numel() == 1 else zero_point
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -182,7 +190,7 @@ class Log2(Quantizer):
 
     steps_per_octave = 1
 
-    def __init__(self, bits: int, search: RangeSearch | None = RangeSearch(), zero_code: bool = True) -> None:
+    def __init__(self, bits: int, search: RangeSearch | None = PAPER_SEARCH, zero_code: bool = True) -> None:
         super().__init__(bits)
         self.search = search
         self.zero_code = zero_code
@@ -216,7 +224,9 @@ class Log2(Quantizer):
 
 
 class LogSqrt2(Log2):
-    """Base-sqrt2 logarithmic quantizer, calibrated as such and applied in base 2 with the parity factor (paper, 3.4)."""
+    """Base-sqrt2 logarithmic quantizer, calibrated as such and applied in base 2 with the parity factor
+    (paper, 3.4).
+    """
 
     steps_per_octave = 2
 

@@ -1,11 +1,12 @@
 """Range search: from a tensor to the scale and zero point of a uniform quantizer, for every channel at once.
 
-The paper's search (official code, `UniformQuantizer.init_quantization_scale`) tries a few symmetric percentiles and
-keeps the one with the least mean squared error. Done channel by channel it sorts every channel several times; here
-one `topk` of the outermost 0.1 % of all channels together yields all percentiles.
+The paper's search (official code, `UniformQuantizer.init_quantization_scale`) tries a few symmetric
+percentiles and keeps the one with the least mean squared error. Done channel by channel it sorts every
+channel several times; here one `topk` of the outermost 0.1 % of all channels together yields all percentiles.
 
-Data come as *chunks*: a sequence of matrices `(samples, channels)` that together are the calibration tensor. One
-chunk is the usual case; several give the same percentiles as their concatenation, without concatenating them.
+Data come as *chunks*: a sequence of matrices `(samples, channels)` that together are the calibration tensor.
+One chunk is the usual case; several give the same percentiles as their concatenation, without concatenating
+them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,8 +28,8 @@ PAPER_PERCENTILES = (0.999, 0.9999, 0.99999)
 
 _GRID_STEPS = 50
 """Candidates of the `mse` search: the min-max range shrunk in steps of 1/50."""
-_GRID_SAMPLES = 1 << 19
-"""The `mse` grid is evaluated on at most this many values (evenly strided) for a tensor."""
+_BINS = 4096
+"""Bins of the histogram on which the `mse` grid of a whole tensor is judged: 16 a level at 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class RangeSearch:
     """How a quantizer finds its range.
 
     kind:
-        `percentile-mse` the paper's: the best of `percentiles` by mean squared error, per channel or per tensor;
-        `percentile` the first of `percentiles`, without a choice; `minmax` the extremes; `mse` a grid of shrunk
-        min-max ranges, the best by mean squared error (known as OMSE or MSE calibration).
+        `percentile-mse` the paper's: the best of `percentiles` by mean squared error, per channel or per
+        tensor; `percentile` the first of `percentiles`, without a choice; `minmax` the extremes; `mse` a grid
+        of shrunk min-max ranges, the best by mean squared error (known as OMSE or MSE calibration).
     percentiles: upper percentiles in (0.5, 1]; the lower end is taken at one minus each. 1.0 is the extremes.
     """
 
@@ -47,6 +49,9 @@ class RangeSearch:
     def __post_init__(self) -> None:
         if not self.percentiles or not all(0.5 < p <= 1 for p in self.percentiles):
             raise ValueError(f"percentiles must lie in (0.5, 1], got {self.percentiles}")
+
+
+PAPER_SEARCH = RangeSearch()
 
 
 class AffineFit(NamedTuple):
@@ -75,7 +80,9 @@ def percentile_ranges(
 
 
 def _largest(chunks: Chunks, count: int) -> Float[Tensor, "count channels"]:
-    """The `count` largest values of each channel, in descending order (fewer when there are fewer samples)."""
+    """The `count` largest values of each channel, in descending order (fewer when there are fewer
+    samples).
+    """
     tails = [chunk.topk(min(count, len(chunk)), dim=0).values for chunk in chunks]
     if len(tails) == 1:
         return tails[0]
@@ -95,10 +102,12 @@ def _interpolate(tail: Float[Tensor, "depth channels"], p: float, samples: int) 
 def affine_parameters(
     low: Float[Tensor, "*channels"], high: Float[Tensor, "*channels"], bits: int
 ) -> tuple[Float[Tensor, "*channels"], Float[Tensor, "*channels"]]:
-    """Scale s = (M - m) / (2^b - 1) and integer zero point z = round(-m / s) of the range [m, M] (paper, 3.1).
+    """Scale s = (M - m) / (2^b - 1) and integer zero point z = round(-m / s) of the range [m, M] (paper,
+    3.1).
 
-    The zero point is not clipped: a range that does not straddle 0 has z outside [0, 2^b - 1]. A channel that is
-    constant (M = m up to float resolution) gets a scale and zero point that represent the constant exactly.
+    The zero point is not clipped: a range that does not straddle 0 has z outside [0, 2^b - 1]. A channel that
+    is constant (M = m up to float resolution) gets a scale and zero point that represent the constant
+    exactly.
     """
     span = high - low
     magnitude = torch.maximum(low.abs(), high.abs())
@@ -119,7 +128,9 @@ def affine_parameters_with_zero(
 def symmetric_parameters(
     low: Float[Tensor, "*channels"], high: Float[Tensor, "*channels"], bits: int
 ) -> tuple[Float[Tensor, "*channels"], Float[Tensor, "*channels"]]:
-    """Scale of a symmetric quantizer, with its zero at the middle code 2^(b-1): what most int8 kernels want of weights."""
+    """Scale of a symmetric quantizer, with its zero at the middle code 2^(b-1): what most int8 kernels want
+    of weights.
+    """
     middle = 2 ** (bits - 1)
     magnitude = torch.maximum(low.abs(), high.abs()).clamp_min(torch.finfo(low.dtype).eps)
     return magnitude / (middle - 1), torch.full_like(magnitude, middle)
@@ -142,7 +153,8 @@ def mean_error(chunks: Chunks, reconstruct: Callable[[Tensor], Tensor]) -> Float
     """Mean squared error of each channel between the chunks and their reconstruction (a new tensor)."""
     total = torch.zeros(chunks[0].shape[1], dtype=torch.float64, device=chunks[0].device)
     for chunk in chunks:
-        total += reconstruct(chunk).sub_(chunk).square_().sum(0, dtype=torch.float64)
+        error = reconstruct(chunk).sub_(chunk)
+        total += torch.linalg.vector_norm(error, dim=0, dtype=torch.float64).square_()
     return (total / sum(len(chunk) for chunk in chunks)).to(chunks[0].dtype)
 
 
@@ -160,11 +172,26 @@ def _candidates(chunks: Chunks, search: RangeSearch) -> tuple[Tensor, Tensor]:
             return shrink[:, None] * low, shrink[:, None] * high
 
 
-def _thinned(chunks: Chunks) -> Chunks:
-    """At most about `_GRID_SAMPLES` values, evenly spaced over the samples."""
-    values = sum(chunk.numel() for chunk in chunks)
-    stride = max(1, values // _GRID_SAMPLES)
-    return [chunk[::stride] for chunk in chunks]
+def _histogram_error(chunks: Chunks) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """Squared error as a function of scale, zero point and bits, from a histogram of the values (one
+    channel).
+
+    The grid has many candidates and a tensor many values; the histogram keeps the tails, which a sample would
+    miss.
+    """
+    low = min(float(chunk.min()) for chunk in chunks)
+    high = max(float(chunk.max()) for chunk in chunks)
+    counts = torch.stack([torch.histc(chunk, _BINS, low, high) for chunk in chunks]).sum(
+        0, dtype=torch.float64
+    )
+    width = (high - low) / _BINS
+    centers = low + width * (torch.arange(_BINS, dtype=chunks[0].dtype, device=chunks[0].device) + 0.5)
+
+    def error(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        squares = (fake_quantize(centers, scale, zero_point, bits) - centers).square_()
+        return ((squares * counts).sum() / counts.sum()).to(centers.dtype).reshape(1)
+
+    return error
 
 
 def fit_affine(
@@ -178,11 +205,14 @@ def fit_affine(
     parameters: turns a range into scale and zero point; the symmetric weight scheme passes its own.
     """
     lows, highs = _candidates(chunks, search)
-    judged = _thinned(chunks) if search.kind == "mse" else chunks
+    if search.kind == "mse" and chunks[0].shape[1] == 1:
+        error = _histogram_error(chunks)
+    else:
+        error = partial(squared_error, chunks)
     fits = []
     for low, high in zip(lows, highs, strict=True):
         scale, zero_point = parameters(low, high, bits)
-        fits.append(AffineFit(scale, zero_point, squared_error(judged, scale, zero_point, bits)))
+        fits.append(AffineFit(scale, zero_point, error(scale, zero_point, bits)))
     errors = torch.stack([fit.mse for fit in fits])
     best = errors.argmin(dim=0)  # the first of equals, as in the official code
 

@@ -1,4 +1,6 @@
-"""What is quantized how: one immutable `Recipe`, and the named recipes of the paper, of this package and of its peers."""
+"""What is quantized how: one immutable `Recipe`, and the named recipes of the paper, of this package and of
+its peers.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,19 @@ class Recipe:
     Args:
         w_bits: weights, per output channel; 2 to 8.
         a_bits: activations, per tensor; 2 to 8.
-        norm: LayerNorm outputs that feed linear layers. `reparameterized` is RepQ-ViT; `per-channel` its accurate
-            and undeployable start; `per-tensor` the plain one; `power-of-two-factor` FQ-ViT; `smooth` SmoothQuant.
+        norm: LayerNorm outputs that feed linear layers. `reparameterized` is RepQ-ViT; `per-channel` its
+        accurate
+            and undeployable start; `per-tensor` the plain one; `power-of-two-factor` FQ-ViT; `smooth`
+            SmoothQuant.
         softmax: post-softmax values. `log-sqrt2` is RepQ-ViT.
         gelu: post-GELU values, `uniform` or PTQ4ViT's `twin-uniform`.
         search: range search of activations; see `RangeSearch`.
         weight_search: range search of weights.
         weight_scheme: `asymmetric` is the paper's; `symmetric` suits more integer kernels.
-        order: `fp-first` collects LayerNorm ranges on the floating-point model, reparameterizes, then calibrates
-            everything else in one pass; `official` is the order of the official code, whose first pass runs with the
-            un-reparameterized weights already quantized.
+        order: `fp-first` collects LayerNorm ranges on the floating-point model, reparameterizes, then
+        calibrates
+            everything else in one pass; `official` is the order of the official code, whose first pass runs
+            with the un-reparameterized weights already quantized.
         round_zero_point: see `reparameterize.merge_channels`.
         zero_code: see `quantizers.log_encode`.
         stem_bits: input of the first layer; the paper keeps 8.
@@ -112,8 +117,9 @@ RECIPES: dict[str, Recipe] = {
     "twin-uniform": Recipe(norm="per-tensor", softmax="twin-uniform", gelu="twin-uniform"),
     "smoothquant": Recipe(norm="smooth", softmax="uniform"),
 }
-"""Named recipes, at W4A4. `repqvit` is the method with legal integer zero points and codes and the fp-first order;
-`repqvit-official` reproduces the official code's numbers; `channelwise` is the method without reparameterization."""
+"""Named recipes, at W4A4. `repqvit` is the method with legal integer zero points and codes and the fp-first
+order; `repqvit-official` reproduces the official code's numbers; `channelwise` is the method without
+reparameterization."""
 
 
 def named(name: str, w_bits: int = 4, a_bits: int = 4) -> Recipe:

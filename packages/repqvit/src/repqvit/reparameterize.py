@@ -4,8 +4,9 @@ A LayerNorm output X' with a scale s_j and zero point z_j for each channel j is 
 
     X~' = (X' + s r2) / r1,      r1 = s / s~,   r2 = z - z~,
 
-whose quantizer has the one scale s~ and zero point z~ in every channel and yields the very same codes. The LayerNorm
-emits X~' by its affine parameters; the linear layers that read it undo the change in their weights and biases.
+whose quantizer has the one scale s~ and zero point z~ in every channel and yields the very same codes. The
+LayerNorm emits X~' by its affine parameters; the linear layers that read it undo the change in their weights
+and biases.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ def merge_channels(
 ) -> PerTensor:
     """One scale and zero point for all channels: their means (paper, 3.3).
 
-    round_zero_point: the mean zero point is rounded and clipped to a legal code, so that codes are preserved exactly
-        and there are 2^b of them. False leaves it fractional, as the official code does: up to 2^b + 1 distinct levels.
+    round_zero_point: the mean zero point is rounded and clipped to a legal code, so that codes are preserved
+    exactly
+        and there are 2^b of them. False leaves it fractional, as the official code does: up to 2^b + 1
+        distinct levels.
     """
     merged_scale = scale.mean().reshape(1)
     merged_zero_point = zero_point.mean().reshape(1)
@@ -65,7 +68,9 @@ def change_linear(
     ratio: Float[Tensor, " channels"],
     shift: Float[Tensor, " channels"],
 ) -> tuple[Float[Tensor, "out channels"], Float[Tensor, " out"]]:
-    """Weight and bias that undo the change: W~ = W diag(r1), b~ = b - W (s r2), with the old W in the bias."""
+    """Weight and bias that undo the change: W~ = W diag(r1), b~ = b - W (s r2), with the old W in the
+    bias.
+    """
     undo = weight @ shift
     return weight * ratio, -undo if bias is None else bias - undo
 
@@ -85,8 +90,10 @@ def change_site(
         linears: every linear layer fed by it. A bias that one lacks is created.
         ratio: r1, for each channel.
         shift: s r2, for each channel, in the units of the LayerNorm's output.
-        defer_shift: leave the shift out of the LayerNorm, because zeros are padded to its output before it reaches the
-            linear layers (Swin at sizes that are no multiple of the window): a padded zero must become s r2 / r1, too.
+        defer_shift: leave the shift out of the LayerNorm, because zeros are padded to its output before it
+        reaches the
+            linear layers (Swin at sizes that are no multiple of the window): a padded zero must become s r2 /
+            r1, too.
 
     Returns:
         The constant to add to the linear layers' input, s r2 / r1, where deferred; else None.
@@ -110,11 +117,13 @@ def reparameterize_layernorm(
     bits: int,
     round_zero_point: bool = True,
 ) -> tuple[Float[Tensor, " 1"], Float[Tensor, " 1"]]:
-    """Turn the per-channel quantizer (scale, zero_point) of a LayerNorm's output into a per-tensor one, in place.
+    """Turn the per-channel quantizer (scale, zero_point) of a LayerNorm's output into a per-tensor one, in
+    place.
 
     Args:
         norm: LayerNorm over `channels`; changed in place.
-        linears: all the linear layers that read its output; changed in place. In floating point the composition is
+        linears: all the linear layers that read its output; changed in place. In floating point the
+        composition is
             the same function as before.
         scale: positive scale of each channel.
         zero_point: integer zero point of each channel; may lie outside the codes.
@@ -122,8 +131,8 @@ def reparameterize_layernorm(
         round_zero_point: see `merge_channels`.
 
     Returns:
-        The scale and the zero point, one element each, of the quantizer of the changed output. With it every element has
-        the code that the per-channel quantizer gave to the old output.
+        The scale and the zero point, one element each, of the quantizer of the changed output. With it every
+        element has the code that the per-channel quantizer gave to the old output.
 
     Source: Li et al., RepQ-ViT, ICCV 2023, section 3.3.
     """

@@ -1,9 +1,9 @@
 """Find where the method applies by watching one forward pass, not by module names.
 
-The LayerNorm outputs are followed through the operations that only move values (views, permutations, padding, window
-partition) to their consumers. A LayerNorm is a *site* when linear layers read its output; it can be reparameterized when
-nothing else does. The same pass finds the attention modules (where `scaled_dot_product_attention` is called), the first
-layer (which keeps an 8-bit input) and the heads.
+The LayerNorm outputs are followed through the operations that only move values (views, permutations, padding,
+window partition) to their consumers. A LayerNorm is a *site* when linear layers read its output; it can be
+reparameterized when nothing else does. The same pass finds the attention modules (where
+`scaled_dot_product_attention` is called), the first layer (which keeps an 8-bit input) and the heads.
 """
 
 from __future__ import annotations

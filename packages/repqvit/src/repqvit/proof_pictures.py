@@ -1,0 +1,122 @@
+"""Pictures of the proof: the scores by method, what reparameterization does to the channels, and saliency
+maps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from repqvit import embedded
+from repqvit.quantized import QuantizedModel
+from shared_core import plot, proof
+
+if TYPE_CHECKING:
+    from repqvit.proof import Judge
+
+_BLOCK = "blocks.10.norm1"
+"""The LayerNorm whose channels are shown: late in the network, where their ranges differ most."""
+
+
+def draw(
+    run: proof.ProofRun,
+    judge: Judge,
+    model: nn.Module,
+    shown: dict[str, QuantizedModel],
+    calibration: Float[Tensor, "n 3 h w"],
+) -> None:
+    _scores(run, judge.fp32_accuracy)
+    _channels(run, model, shown["repqvit"], calibration)
+    _saliency(run, judge, shown)
+
+
+def _scores(run: proof.ProofRun, fp32_accuracy: float) -> None:
+    settings = [s for s in ("components", "W6A6", "W4A4") if f"{s} accuracy" in run.methods["repqvit"]]
+    titles = {"components": "LayerNorm outputs and softmax 4 bit, rest 8"}
+    figure, axes = plot.figure(
+        1, len(settings), height=560, title="DINOv2 ViT-S/14: accuracy of a fp32 probe on quantized features"
+    )
+    for axis, setting in zip(axes, settings, strict=True):
+        names = [name for name in run.methods if f"{setting} accuracy" in run.methods[name]]
+        for i, name in enumerate(names):
+            values = run.methods[name][f"{setting} accuracy"]
+            colour = plot.COLOURS[1] if name == "repqvit" else plot.COLOURS[0]
+            axis.barh(i, np.mean(values), color=colour, alpha=0.35)
+            axis.plot(values, [i] * len(values), "o", color=colour, markersize=5)
+        axis.axvline(fp32_accuracy, color=plot.COLOURS[6], linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1)
+        axis.set_title(titles.get(setting, setting), fontsize=10)
+        axis.set_xlabel("accuracy (dots: calibration seeds; dashed: fp32)")
+    plot.save(figure, run.picture("scores.png"))
+
+
+@torch.no_grad()
+def _channels(
+    run: proof.ProofRun, model: nn.Module, quantized: QuantizedModel, images: Float[Tensor, "n 3 h w"]
+) -> None:
+    figure, axes = plot.figure(
+        1,
+        2,
+        height=480,
+        title=f"Range of each channel of one LayerNorm output ({_BLOCK}), 4-bit grid in grey",
+    )
+    reader = "blocks.10.attn.qkv"
+    for axis, host, title in (
+        (axes[0], model, "before: one scale would waste most levels on most channels"),
+        (axes[1], quantized.model, "after reparameterization: one scale fits every channel"),
+    ):
+        outputs: list[Tensor] = []
+        handle = host.get_submodule(_BLOCK).register_forward_hook(lambda m, a, y: outputs.append(y))
+        host(images)
+        handle.remove()
+        columns = outputs[0].flatten(0, 1)
+        low, high = columns.quantile(0.001, 0), columns.quantile(0.999, 0)
+        order = (high - low).argsort() if host is model else order  # noqa: F821 (set by the first pass)
+        axis.fill_between(
+            range(len(order)), low[order], high[order], step="mid", color=plot.COLOURS[0], alpha=0.7
+        )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("channel, by range before")
+        axis.set_ylabel("0.1 % to 99.9 % of values")
+        if host is not model:
+            grid = quantized.model.get_submodule(reader).input_quantizer
+            levels = (torch.arange(16) - grid.zero_point) * grid.scale
+            for level in levels:
+                axis.axhline(float(level), color="#888888", linewidth=0.5)
+    plot.save(figure, run.picture("channels.png"))
+
+
+def _saliency(run: proof.ProofRun, judge: Judge, shown: dict[str, QuantizedModel]) -> None:
+    from repqvit.proof import TEST_PICTURES, features
+
+    crops = judge.data.crops
+    per_picture = len(crops) // len(TEST_PICTURES)
+    chosen = list(range(0, len(crops), per_picture))
+    columns = {"fp32": judge.saliency}
+    for name in ("repqvit", "percentile-mse"):
+        columns[f"{name}, 4 bit"] = judge.saliency_of(features(shown[name], crops))
+    figure, axes = plot.figure(
+        len(columns) + 1,
+        len(chosen),
+        height=880,
+        title="Saliency map from quantized features (components table)",
+    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (embedded.MEAN, embedded.STD))
+    for j, crop in enumerate(chosen):
+        axes[j].imshow((crops[crop] * std + mean).permute(1, 2, 0).clamp(0, 1))
+        for i, (title, maps) in enumerate(columns.items(), start=1):
+            axis = axes[i * len(chosen) + j]
+            axis.imshow(maps[crop], vmin=0, vmax=1, cmap="magma")
+            if j == 0:
+                axis.set_ylabel(title)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.grid(False)
+    plot.save(figure, run.picture("saliency.png"))
