@@ -1,5 +1,6 @@
-"""What the paper compares with, on the same quantizer classes: FQ-ViT, PTQ4ViT's twin uniform ranges,
-SmoothQuant.
+"""What the paper compares with: FQ-ViT, PTQ4ViT's twin uniform ranges and SmoothQuant.
+
+All are written on the quantizer classes of the method itself.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from repqvit.ranges import fake_quantize, mean_error, percentile_ranges
 
 
 class PowerOfTwoFactor(Quantizer):
-    """FQ-ViT's quantizer of LayerNorm outputs (Lin et al., 2021, section 3.2): scale s1 2^k with k in 0..3 a
-    channel.
+    """FQ-ViT's quantizer of LayerNorm outputs (Lin et al., 2021, section 3.2): power-of-two factors.
 
-    s1 is an eighth of the min-max scale of the whole tensor; k is chosen for each channel by least squared
-    error; there is one zero point. At inference the factor is a shift by k bits.
+    Each channel has the scale s1 2^k with its own k in 0..3. s1 is an eighth of the min-max scale of the
+    whole tensor; k is chosen for each channel by least squared error; there is one zero point. At inference
+    the factor is a shift by k bits.
     """
 
     FACTORS = (1, 2, 4, 8)
 
     def fit(self, tensors: Sequence[Tensor]) -> None:
+        """Choose k for every channel of tensors `(..., channels)`; `scale` then holds s1 2^k."""
         chunks = [x.reshape(-1, x.shape[-1]) for x in tensors]
         low, high = (ends.squeeze(0) for ends in percentile_ranges(chunks, [1.0]))
         coarse = (high.amax().clamp_min(0) - low.amin().clamp_max(0)) / (2**self.bits - 1)
@@ -38,6 +40,7 @@ class PowerOfTwoFactor(Quantizer):
         self.set_parameters(torch.stack(scales)[best], zero_point)
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Round x `(..., channels)` to the levels of each channel's own scale."""
         return fake_quantize(x, self.scale, self.zero_point, self.bits)
 
 
@@ -58,6 +61,7 @@ class TwinUniformSoftmax(Quantizer):
         return torch.where(x < half * fine, small, large)
 
     def fit(self, tensors: Sequence[Tensor]) -> None:
+        """Choose the step s1 of the small values, one for all elements; `scale` holds it."""
         chunks = [x.reshape(-1, 1) for x in tensors]
         exponents = torch.arange(1, self.MAX_EXPONENT + 1, device=chunks[0].device)
         fine = torch.exp2(-(self.bits - 1.0) - exponents.to(chunks[0].dtype))
@@ -66,15 +70,15 @@ class TwinUniformSoftmax(Quantizer):
         self.set_parameters(best, torch.zeros_like(best))
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Round x to multiples of s1 below 2^(b-1) s1, and to multiples of s2 from there on."""
         return self._round_trip(x, self.scale)
 
 
 class TwinUniformGelu(Quantizer):
-    """PTQ4ViT's quantizer of post-GELU values: one uniform range for the negative values, one for the
-    positive.
+    """PTQ4ViT's quantizer of post-GELU values: a uniform range for each sign.
 
-    The step of the negative range covers the minimum, s1 = |min| / 2^(b-1); that of the positive range is s2
-    = 2^m s1.
+    The step of the negative range is s1 = |min| / (2^(b-1) - 1), so that it reaches the minimum; that of the
+    positive range is s2 = 2^m s1, where m is chosen by least squared error.
     """
 
     MAX_EXPONENT = 12
@@ -86,6 +90,7 @@ class TwinUniformGelu(Quantizer):
         return torch.where(x < 0, negative, positive)
 
     def fit(self, tensors: Sequence[Tensor]) -> None:
+        """Take s1 from the minimum and choose s2; `scale` holds the two, in this order."""
         chunks = [x.reshape(-1, 1) for x in tensors]
         low, _ = percentile_ranges(chunks, [1.0])
         half = 2 ** (self.bits - 1)
@@ -95,16 +100,16 @@ class TwinUniformGelu(Quantizer):
         self.set_parameters(torch.cat([fine, coarse[errors.argmin()].reshape(1)]), torch.zeros_like(fine))
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Round negative values to multiples of s1, the others to multiples of s2."""
         return self._round_trip(x, self.scale[:1], self.scale[1:])
 
 
 def smoothing_factors(
     activation_max: Float[Tensor, " channels"], weight_max: Float[Tensor, " channels"], alpha: float = 0.5
 ) -> Float[Tensor, " channels"]:
-    """SmoothQuant's migration strength (Xiao et al., ICML 2023, eq. 4): max|X_j|^alpha / max|W_j|^(1 -
-    alpha).
+    """SmoothQuant's factors (Xiao et al., ICML 2023, eq. 4): max|X_j|^alpha / max|W_j|^(1 - alpha).
 
-    Activations are divided by it and the weights' columns multiplied: `reparameterize.change_site` with no
+    Activations are divided by them and the weights' columns multiplied: `reparameterize.change_site` with no
     shift.
     """
     eps = torch.finfo(activation_max.dtype).eps
@@ -116,8 +121,10 @@ class AbsoluteMaximum(Quantizer):
     """Observes max|X_j| of each channel of the last axis, which SmoothQuant wants; `scale` holds it."""
 
     def fit(self, tensors: Sequence[Tensor]) -> None:
+        """Take max|X_j| over all of the tensors `(..., channels)`."""
         maxima = torch.stack([x.reshape(-1, x.shape[-1]).abs().amax(0) for x in tensors]).amax(0)
         self.set_parameters(maxima, torch.zeros_like(maxima))
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Return x unchanged, as a copy: this class only observes."""
         return x.clone()

@@ -1,5 +1,4 @@
-"""Calibration: from a prepared floating-point model to one whose every quantizer has its parameters (paper,
-algorithm 1).
+"""Calibration: give every quantizer of a prepared model its parameters (paper, algorithm 1).
 
 `install` puts quantizers in; `calibrate` runs the batch through them in the order that the recipe says.
 """
@@ -26,9 +25,12 @@ Forward = Callable[[nn.Module], Any]
 def install(model: nn.Module, wiring: Wiring, recipe: Recipe, calibrated: bool = False) -> None:
     """Replace layers and attention in place by quantizing ones; all quantizers are off.
 
-    calibrated: with the quantizers that a calibrated model ends with (one scale on a LayerNorm output that
-    has been
-        reparameterized), ready to be given their parameters.
+    Args:
+        model: after `hosts.prepare`.
+        wiring: of that model.
+        recipe: which quantizer goes where.
+        calibrated: whether to install the quantizers that a calibrated model ends with (one scale on a
+            LayerNorm output that has been reparameterized), ready to be given their parameters.
     """
     changeable = [site for site in wiring.sites if not site.obstacle]
     norm_quantizers = {}
@@ -110,9 +112,7 @@ def _quantize_weights(model: nn.Module, names: Sequence[str] | dict[str, Any]) -
 
 
 def _arm_and_run(model: nn.Module, forwards: Sequence[Forward]) -> None:
-    """One pass in which every quantizer without parameters calibrates on inputs that those before it
-    quantized.
-    """
+    """Calibrate all quantizers without parameters in one pass, each on inputs that are already quantized."""
     for module in model.modules():
         if isinstance(module, Quantizer) and not module.scale.numel():
             module.state = "armed"
@@ -129,8 +129,9 @@ def _change(model: nn.Module, site: NormSite, ratio: Tensor, shift: Tensor) -> N
 
 
 def reparameterize(model: nn.Module, site: NormSite, recipe: Recipe) -> None:
-    """Merge the per-channel quantizer of a site, in place: LayerNorm, linear layers and their input
-    quantizer.
+    """Merge the per-channel quantizer of a site into a per-tensor one, in place.
+
+    What changes is the LayerNorm, the linear layers that read it, and the input quantizer that they share.
     """
     linears = _linears(model, site)
     per_channel = linears[0].input_quantizer

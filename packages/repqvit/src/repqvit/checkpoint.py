@@ -62,12 +62,12 @@ def load(model: nn.Module, path: str | Path) -> QuantizedModel:
 
     Args:
         model: a model of the architecture that was quantized; its weights do not matter, and it is left
-        unchanged. path: a file written by `QuantizedModel.save`.
+            unchanged.
+        path: a file written by `QuantizedModel.save`.
 
     Raises:
         InputError: for a file of another kind, a damaged one, or one made for another architecture (it names
-        the
-            layers that differ).
+            the layers that differ).
     """
     path = Path(path)
     tensors, content = _read(path)
@@ -140,8 +140,9 @@ def _check_architecture(
 
 
 def _restore_rest(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors that stay in floating point where they belong, creating what the change of variables
-    created.
+    """Put the tensors that stay in floating point where they belong.
+
+    Parameters that the change of variables created (a missing bias, say) are created here, too.
     """
     for key, value in tensors.items():
         owner, _, leaf = key.rpartition(".")

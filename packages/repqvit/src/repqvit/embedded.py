@@ -8,6 +8,7 @@ package is never imported.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ class SaliencyDecoder(nn.Module):
         super().__init__()
         widths = (_WIDTH, 256, 128, 64)
         stages = []
-        for source, target in zip(widths, widths[1:], strict=False):
+        for source, target in pairwise(widths):
             stages += [nn.ConvTranspose2d(source, target, 4, 2, 1), nn.BatchNorm2d(target), nn.ReLU()]
         self.stages = nn.Sequential(*stages)
         self.final_conv = nn.Conv2d(widths[-1], 1, 1)
@@ -57,9 +58,9 @@ def onnx_bytes() -> bytes:
 
 
 def dinov2_small(image_size: int) -> tuple[nn.Module, SaliencyDecoder]:
-    """DINOv2 ViT-S/14 as a timm model for square images of the given size (a multiple of 14), and its
-    decoder.
+    """DINOv2 ViT-S/14 as a timm model for square images of the given size, and its decoder.
 
+    The size is a multiple of 14, the side of a patch, else InputError is raised.
     `model.forward_features(images)` gives `(batch, 1 + patches, 384)` normalized tokens, class token first.
     """
     if image_size % _PATCH:

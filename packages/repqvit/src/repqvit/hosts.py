@@ -12,6 +12,8 @@ on the outputs of `nn.Linear` modules, whichever library it comes from:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -25,10 +27,10 @@ def prepare(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
-            module.fused_attn = True
+            module.fused_attn = True  # pyright: ignore[reportArgumentType]  # torch's types know modules only
         _join_qkv_bias(module)
     if hasattr(model, "set_attn_implementation") and getattr(model, "_supports_sdpa", False):
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]  # a transformers model
     for name, module in list(model.named_modules()):
         replacement = _replacement(module)
         if replacement is not None:
@@ -55,14 +57,12 @@ def _replacement(module: nn.Module) -> nn.Module | None:
 
 
 def _join_qkv_bias(module: nn.Module) -> None:
-    """Where timm keeps q_bias, k_bias (zero) and v_bias beside a bias-free `qkv`, give `qkv` the whole
-    bias.
-    """
-    pieces = [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
+    """Give timm's `qkv` the bias that its attention keeps beside it as q_bias, k_bias (zero) and v_bias."""
+    pieces: list[Any] = [getattr(module, name, None) for name in ("q_bias", "k_bias", "v_bias")]
     qkv = getattr(module, "qkv", None)
     if isinstance(qkv, nn.Linear) and qkv.bias is None and all(isinstance(p, Tensor) for p in pieces):
         qkv.bias = nn.Parameter(torch.cat([p.detach() for p in pieces]))
-        module.q_bias = module.k_bias = module.v_bias = None
+        module.q_bias = module.k_bias = module.v_bias = None  # pyright: ignore[reportArgumentType]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -139,7 +139,9 @@ class SelfAttention(nn.Module):
 class ShiftedWindowSelfAttention(nn.Module):
     """torchvision's `ShiftedWindowAttention` (Swin v1) with its `qkv` and `proj` called as modules."""
 
-    def __init__(self, source: nn.Module) -> None:
+    relative_position_bias: Tensor
+
+    def __init__(self, source: Any) -> None:  # Any: torchvision's class, and torchvision may be absent
         super().__init__()
         self.window_size: list[int] = list(source.window_size)
         self.shift_size: list[int] = list(source.shift_size)
@@ -151,6 +153,7 @@ class ShiftedWindowSelfAttention(nn.Module):
         self.register_buffer("relative_position_bias", position_bias)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Tensor:
+        """Attend within the shifted windows of a feature map; the result has the shape of x."""
         _, height, width, _ = x.shape
         rows, columns = self.window_size
         x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
@@ -185,8 +188,9 @@ class ShiftedWindowSelfAttention(nn.Module):
     def _region_mask(
         self, height: int, width: int, shift: list[int], like: Tensor
     ) -> Float[Tensor, "windows tokens tokens"]:
-        """-100 between tokens that the cyclic shift brought into one window from different parts of the
-        map.
+        """-100 between tokens of one window that the cyclic shift brought from different parts of the map.
+
+        Elsewhere 0: the mask is added to the logits.
         """
 
         def part(extent: int, size: int, step: int) -> Tensor:

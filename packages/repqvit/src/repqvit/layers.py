@@ -56,6 +56,7 @@ class QuantizedWeight(nn.Module):
         return self.dequantize()
 
     def dequantize(self) -> Float[Tensor, " out *rest"]:
+        """The floating-point weight that the codes stand for: scale (codes - zero_point), row by row."""
         per_row = (-1, *[1] * (self.codes.ndim - 1))
         return affine_decode(
             self.codes.to(self.scale.dtype), self.scale.view(per_row), self.zero_point.view(per_row)
@@ -63,9 +64,7 @@ class QuantizedWeight(nn.Module):
 
 
 class _WithQuantizedWeight:
-    """A layer whose `weight` is the original one before `quantize_weight`, and the dequantized one from then
-    on.
-    """
+    """A layer whose `weight` is the original one until `quantize_weight`, then the dequantized one."""
 
     weight: Tensor
     quantized: QuantizedWeight
@@ -94,6 +93,7 @@ class QuantLinear(_WithQuantizedWeight, nn.Linear):
         self.register_buffer("input_shift", None)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Shift and quantize an input `(..., in_features)`, then multiply it with the present `weight`."""
         x = input if self.input_shift is None else input + self.input_shift
         return F.linear(self.input_quantizer(x), self.weight, self.bias)
 
@@ -120,6 +120,7 @@ class QuantConv2d(_WithQuantizedWeight, nn.Conv2d):
         self.quantized = quantized
 
     def forward(self, input: Tensor) -> Tensor:
+        """Quantize an input `(batch, in_channels, height, width)`, then convolve it with `weight`."""
         return self._conv_forward(self.input_quantizer(input), self.weight, self.bias)
 
 
@@ -135,6 +136,7 @@ class AttentionQuantizers(nn.Module):
 
     @property
     def off(self) -> bool:
+        """Whether the operands are left as they are; the softmax quantizer's state stands for all four."""
         return self.softmax.state == "off"
 
     def forward(
@@ -183,9 +185,7 @@ class _Redirect(TorchFunctionMode):
 
 
 class _QuantizedAttention:
-    """Mixed in before a host's attention class: its own forward, with `scaled_dot_product_attention`
-    redirected.
-    """
+    """Mixed in before a host's attention class: its forward, with redirected scaled_dot_product_attention."""
 
     attention_quantizers: AttentionQuantizers
 
@@ -197,8 +197,9 @@ class _QuantizedAttention:
 
 
 def quantize_attention(module: nn.Module, quantizers: AttentionQuantizers) -> None:
-    """Make an attention module use the quantizers, in place; it stays an instance of its class, like a torch
-    parametrization does.
+    """Make an attention module use the quantizers, in place.
+
+    It stays an instance of its class: its new class is a subclass, as with torch's parametrizations.
     """
     cls = type(module)
     module.__class__ = type(f"Quantized{cls.__name__}", (_QuantizedAttention, cls), {})

@@ -15,9 +15,7 @@ def pack(codes: UInt8[np.ndarray, "*shape"], bits: int) -> UInt8[np.ndarray, " b
 
 
 def unpack(stream: UInt8[np.ndarray, " bytes"], bits: int, count: int) -> UInt8[np.ndarray, " count"]:
-    """The first `count` codes of a stream written by `pack`. Raises ValueError for a stream of another
-    length.
-    """
+    """The `count` codes of a stream written by `pack`; ValueError for a stream of another length."""
     expected = -(-count * bits // 8)
     if stream.size != expected:
         raise ValueError(f"{count} codes of {bits} bits take {expected} bytes, got {stream.size}")

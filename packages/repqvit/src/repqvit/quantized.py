@@ -1,5 +1,6 @@
-"""`quantize`: a model and calibration images in, the same model with integer weights and quantized
-activations out.
+"""`quantize`: a model and calibration images in, the quantized model out.
+
+The result has the structure of the model, integer weights and quantized activations.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ FEW_IMAGES = 8
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized tensor: where, how wide, how many scales, and the signal-to-noise ratio on the
-    calibration batch.
+    """One quantized tensor: where it is, how wide, with how many scales, and how well it is kept.
+
+    `sqnr_db` is the signal-to-noise ratio in dB, of an activation on the calibration batch.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Report:
 
     @property
     def changed_sites(self) -> list[tracing.NormSite]:
+        """The LayerNorm sites without an obstacle, which therefore take the form that the recipe names."""
         return [site for site in self.sites if not site.obstacle]
 
     def __str__(self) -> str:
@@ -60,7 +63,8 @@ class Report:
             f"  {site.norm} is quantized per tensor: {site.obstacle}" for site in self.sites if site.obstacle
         ]
         lines += [
-            f"  {layer.name:50} {layer.role:8} {layer.bits} bit {layer.scales:5} scales {layer.sqnr_db:6.1f} dB"
+            f"  {layer.name:50} {layer.role:8} {layer.bits} bit {layer.scales:5} scales "
+            f"{layer.sqnr_db:6.1f} dB"
             for layer in self.layers
         ]
         return "\n".join(lines)
@@ -86,12 +90,11 @@ class QuantizedModel(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped model: its arguments and its kind of output, computed with quantized operands."""
         return self.model(*args, **kwargs)
 
     def save(self, path: str | Path) -> None:
-        """Write the integer weights, packed at their width, and all else to a safetensors file; see
-        `load`.
-        """
+        """Write the model to a safetensors file, integer weights packed at their width; see `load`."""
         from repqvit import checkpoint
 
         checkpoint.save(self, path)
@@ -109,13 +112,13 @@ def quantize(
 
     Args:
         model: a ViT, DeiT or Swin (or a detector on top of one) of timm, torchvision or transformers, or one
-        written
-            like them; left unchanged. Calibration is in float32 on the model's device.
+            written like them; left unchanged. Calibration is in float32 on the model's device.
         calibration: preprocessed training images `(images, channels, height, width)`, or a mapping of keyword
             arguments of the model's forward; 32 in the paper. A sequence of such batches is calibrated as one
             batch, at the memory of the largest (see `lockstep`).
         recipe: a name of `recipes.RECIPES` or a `Recipe`.
-        w_bits, a_bits: bit widths of weights and activations, 2 to 8; 4 unless given here or by a `Recipe`.
+        w_bits: bit width of weights, 2 to 8; 4 unless given here or by a `Recipe`.
+        a_bits: bit width of activations, 2 to 8; 4 unless given here or by a `Recipe`.
 
     Returns:
         The quantized copy. `.report` tells which LayerNorms were reparameterized, and how well each tensor is
@@ -123,9 +126,8 @@ def quantize(
 
     Raises:
         InputError: for a model without a LayerNorm that feeds linear layers, an already quantized one, one
-        whose
-            attention cannot be reached, non-finite weights or images, an empty calibration set, bits outside
-            2..8.
+            whose attention cannot be reached, non-finite weights or images, an empty calibration set, bits
+            outside 2..8.
 
     Example:
         >>> import timm, torch
@@ -169,7 +171,7 @@ def prepared_copy(model: nn.Module) -> nn.Module:
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
         model, "_orig_mod"
     ):
-        model = model.module if hasattr(model, "module") else model._orig_mod
+        model = model.module if hasattr(model, "module") else model._orig_mod  # pyright: ignore[reportAssignmentType]
     if any(
         type(module).__name__.startswith(("FullyShardedDataParallel", "FSDP")) for module in model.modules()
     ):
@@ -252,8 +254,8 @@ def _check_images(batches: Sequence[Batch], model: nn.Module) -> None:
         )
     elif low >= 0 and _expects_negative(model):
         warnings.warn(
-            f"calibration images lie in [{low:.2f}, {high:.2f}], but the model's mean and std make some values negative: "
-            "they look like images that were not normalised",
+            f"calibration images lie in [{low:.2f}, {high:.2f}], but the model's mean and std make some "
+            "values negative: they look like images that were not normalised",
             stacklevel=3,
         )
 
@@ -267,8 +269,8 @@ def _expects_negative(model: nn.Module) -> bool:
 def _check_wiring(wiring: tracing.Wiring, recipe: Recipe) -> None:
     if wiring.floating:
         raise InputError(
-            "attention must call scaled_dot_product_attention on the outputs of linear layers to be quantized; found "
-            + "; ".join(wiring.floating[:3])
+            "attention must call scaled_dot_product_attention on the outputs of linear layers to be "
+            "quantized; found " + "; ".join(wiring.floating[:3])
         )
     if not any(not site.obstacle for site in wiring.sites):
         found = (
@@ -276,8 +278,8 @@ def _check_wiring(wiring: tracing.Wiring, recipe: Recipe) -> None:
             or "no LayerNorm feeds a linear layer"
         )
         raise InputError(
-            "no LayerNorm to reparameterize: looked for an nn.LayerNorm whose output only linear layers read, as in ViT, "
-            f"DeiT and Swin v1 ({found})"
+            "no LayerNorm to reparameterize: looked for an nn.LayerNorm whose output only linear layers "
+            f"read, as in ViT, DeiT and Swin v1 ({found})"
         )
     if recipe.head_bits is not None and not wiring.heads:
         raise InputError("head_bits is set, but no linear layer gives the model's output", field="head_bits")

@@ -31,21 +31,21 @@ MIN_BITS, MAX_BITS = 2, 8
 def affine_encode(
     x: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor, bits: int
 ) -> Float[Tensor, "*shape"]:
-    """Q = clip(round(x / s) + z, 0, 2^b - 1); integer values (for integer z) in the dtype of x."""
+    """Codes q = clip(round(x / s) + z, 0, 2^b - 1): integers (for integer z) in the dtype of x."""
     return ((x / scale).round_() + zero_point).clamp_(0, 2**bits - 1)
 
 
 def affine_decode(
     codes: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor
 ) -> Float[Tensor, "*shape"]:
-    """S (q - z)."""
+    """Values s (q - z) of codes q."""
     return (codes - zero_point) * scale
 
 
 def log_encode(
     a: Float[Tensor, "*shape"], scale: Tensor, bits: int, steps_per_octave: int, zero_code: bool
 ) -> Float[Tensor, "*shape"]:
-    """Q = round(-k log2(a / s)) with k steps an octave: k = 1 is log2, k = 2 is log-sqrt2 (paper, 3.4).
+    """Codes q = round(-k log2(a / s)), k steps an octave: k = 1 is log2, k = 2 is log-sqrt2 (paper, 3.4).
 
     Codes run from 0 (the value s) upwards. Values too small for the last code become the code 2^b, which
     decodes to 0: the official code's form, with 2^b + 1 levels. With `zero_code` the last of the 2^b codes,
@@ -58,7 +58,10 @@ def log_encode(
 def log_decode(
     codes: Float[Tensor, "*shape"], scale: Tensor, bits: int, steps_per_octave: int, zero_code: bool
 ) -> Float[Tensor, "*shape"]:
-    """S 2^(-q / k); the zero code gives 0. The definition: `log2_parity_decode` is what hardware computes."""
+    """Values s 2^(-q / k) of codes q; the zero code gives 0.
+
+    This is the definition; `log2_parity_decode` is what hardware computes.
+    """
     last = 2**bits - 1 if zero_code else 2**bits
     return torch.where(codes >= last, 0.0, scale * torch.exp2(-codes / steps_per_octave))
 
@@ -66,10 +69,10 @@ def log_decode(
 def log2_parity_decode(
     codes: Float[Tensor, "*shape"], scale: Tensor, bits: int, zero_code: bool
 ) -> Float[Tensor, "*shape"]:
-    """log-sqrt2 codes through base 2: s~(q) 2^(-ceil(q / 2)), s~(q) = s [1 + P(q) (sqrt2 - 1)], P(q) the
-    parity of q.
+    """Values of log-sqrt2 codes q through base 2: s~(q) 2^(-ceil(q / 2)) (paper, 3.4).
 
-    Equal to `log_decode` with two steps an octave; the exponent is an integer, a shift (paper, 3.4).
+    Here s~(q) = s [1 + P(q) (sqrt2 - 1)], and P(q) is the parity of q. Equal to `log_decode` with two steps
+    an octave; the exponent is an integer, so that the power of two is a shift.
     """
     last = 2**bits - 1 if zero_code else 2**bits
     shift = (codes / 2).ceil_()
@@ -106,6 +109,7 @@ class Quantizer(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Act as the state says: calibrate on x where it asks for that, then quantize x or return it."""
         if self.state == "off":
             return x
         if self.state == "observing":
@@ -133,18 +137,20 @@ class Quantizer(nn.Module):
         self.state = "on"
 
     def fit(self, tensors: Sequence[Tensor]) -> None:
+        """Set `scale` and `zero_point` from the parts of the calibration batch; subclasses define it."""
         raise TypeError(f"{type(self).__name__} has no calibration")
 
     def quantize(self, x: Tensor) -> Tensor:
+        """A new tensor with the values of x rounded to the quantizer's levels; subclasses define it."""
         raise TypeError(f"{type(self).__name__} has no quantization")
 
     def extra_repr(self) -> str:
+        """Width, number of scales and state, for the printed model."""
         return f"bits={self.bits}, scales={self.scale.numel()}, {self.state}"
 
 
 class UniformAffine(Quantizer):
-    """Uniform asymmetric quantizer of activations (paper, 3.1), per tensor or for each channel of the last
-    axis.
+    """Uniform asymmetric quantizer of activations (paper, 3.1), per tensor or per channel.
 
     Args:
         bits: 2 to 8.
@@ -161,17 +167,20 @@ class UniformAffine(Quantizer):
         return x.reshape(-1, x.shape[-1] if self.per_channel else 1)
 
     def fit(self, tensors: Sequence[Tensor]) -> None:
+        """Search the range of the whole tensor, widened to hold 0, or of every channel as it is."""
         parameters = affine_parameters if self.per_channel else affine_parameters_with_zero
         fitted = fit_affine([self._columns(x) for x in tensors], self.bits, self.search, parameters)
         self.set_parameters(fitted.scale, fitted.zero_point)
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take parameters as given, of one element or one for each channel, and switch on."""
         super().set_parameters(scale, zero_point)
         # One zero point is kept as a number, too: clamping to numbers is faster, and needs no device
         # synchronization.
         self._zero_point = float(zero_point) if zero_point.numel() == 1 else zero_point
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Values s (q - z) of the codes q of x, in its shape."""
         return fake_quantize(x, self.scale, self._zero_point, self.bits)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -196,6 +205,7 @@ class Log2(Quantizer):
         self.zero_code = zero_code
 
     def fit(self, tensors: Sequence[Tensor]) -> None:
+        """Choose s by mean squared error, or take 1 without a search; ValueError for negative values."""
         if any((x < 0).any() for x in tensors):
             raise ValueError("a logarithmic quantizer takes probabilities, and negative values reached it")
         if self.search is None:
@@ -216,6 +226,7 @@ class Log2(Quantizer):
         return log_decode(codes, scale, self.bits, self.steps_per_octave, self.zero_code)
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Values of the codes of x, in its shape; too small ones become 0."""
         return self._round_trip(x, self.scale)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -224,8 +235,9 @@ class Log2(Quantizer):
 
 
 class LogSqrt2(Log2):
-    """Base-sqrt2 logarithmic quantizer, calibrated as such and applied in base 2 with the parity factor
-    (paper, 3.4).
+    """Base-sqrt2 logarithmic quantizer (paper, 3.4).
+
+    Its scale is searched for base sqrt2; values are computed in base 2 with the parity factor.
     """
 
     steps_per_octave = 2

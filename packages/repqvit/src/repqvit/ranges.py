@@ -80,9 +80,7 @@ def percentile_ranges(
 
 
 def _largest(chunks: Chunks, count: int) -> Float[Tensor, "count channels"]:
-    """The `count` largest values of each channel, in descending order (fewer when there are fewer
-    samples).
-    """
+    """The `count` largest values of each channel, descending; fewer where there are fewer samples."""
     tails = [chunk.topk(min(count, len(chunk)), dim=0).values for chunk in chunks]
     if len(tails) == 1:
         return tails[0]
@@ -102,8 +100,7 @@ def _interpolate(tail: Float[Tensor, "depth channels"], p: float, samples: int) 
 def affine_parameters(
     low: Float[Tensor, "*channels"], high: Float[Tensor, "*channels"], bits: int
 ) -> tuple[Float[Tensor, "*channels"], Float[Tensor, "*channels"]]:
-    """Scale s = (M - m) / (2^b - 1) and integer zero point z = round(-m / s) of the range [m, M] (paper,
-    3.1).
+    """Scale s = (M - m) / (2^b - 1) and zero point z = round(-m / s) of the range [m, M] (paper, 3.1).
 
     The zero point is not clipped: a range that does not straddle 0 has z outside [0, 2^b - 1]. A channel that
     is constant (M = m up to float resolution) gets a scale and zero point that represent the constant
@@ -128,8 +125,9 @@ def affine_parameters_with_zero(
 def symmetric_parameters(
     low: Float[Tensor, "*channels"], high: Float[Tensor, "*channels"], bits: int
 ) -> tuple[Float[Tensor, "*channels"], Float[Tensor, "*channels"]]:
-    """Scale of a symmetric quantizer, with its zero at the middle code 2^(b-1): what most int8 kernels want
-    of weights.
+    """Scale max(|m|, |M|) / (2^(b-1) - 1) of a symmetric quantizer; its zero is the middle code 2^(b-1).
+
+    Most int8 kernels want weights in this form.
     """
     middle = 2 ** (bits - 1)
     magnitude = torch.maximum(low.abs(), high.abs()).clamp_min(torch.finfo(low.dtype).eps)
@@ -139,7 +137,7 @@ def symmetric_parameters(
 def fake_quantize(
     x: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor | float, bits: int
 ) -> Float[Tensor, "*shape"]:
-    """S (clip(round(x / s) + z, 0, 2^b - 1) - z), with s and z broadcast against x; round half to even."""
+    """Values s (clip(round(x / s) + z, 0, 2^b - 1) - z), s and z broadcast against x; halves go to even."""
     # clip(r + z, 0, q) - z is clip(r, -z, q - z): two passes over memory fewer, and the same numbers.
     return (x / scale).round_().clamp_(-zero_point, 2**bits - 1 - zero_point).mul_(scale)
 
@@ -173,8 +171,7 @@ def _candidates(chunks: Chunks, search: RangeSearch) -> tuple[Tensor, Tensor]:
 
 
 def _histogram_error(chunks: Chunks) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Squared error as a function of scale, zero point and bits, from a histogram of the values (one
-    channel).
+    """Mean squared error as a function of scale, zero point and bits, from a histogram of one channel.
 
     The grid has many candidates and a tensor many values; the histogram keeps the tails, which a sample would
     miss.

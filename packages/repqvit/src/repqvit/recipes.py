@@ -1,5 +1,6 @@
-"""What is quantized how: one immutable `Recipe`, and the named recipes of the paper, of this package and of
-its peers.
+"""What is quantized how: one immutable `Recipe`, and named recipes.
+
+The names cover the paper's method, this package's variants of it, and the methods that it compares with.
 """
 
 from __future__ import annotations
@@ -23,22 +24,21 @@ class Recipe:
         w_bits: weights, per output channel; 2 to 8.
         a_bits: activations, per tensor; 2 to 8.
         norm: LayerNorm outputs that feed linear layers. `reparameterized` is RepQ-ViT; `per-channel` its
-        accurate
-            and undeployable start; `per-tensor` the plain one; `power-of-two-factor` FQ-ViT; `smooth`
-            SmoothQuant.
+            accurate and undeployable start; `per-tensor` the plain one; `power-of-two-factor` FQ-ViT;
+            `smooth` SmoothQuant.
         softmax: post-softmax values. `log-sqrt2` is RepQ-ViT.
         gelu: post-GELU values, `uniform` or PTQ4ViT's `twin-uniform`.
         search: range search of activations; see `RangeSearch`.
         weight_search: range search of weights.
         weight_scheme: `asymmetric` is the paper's; `symmetric` suits more integer kernels.
         order: `fp-first` collects LayerNorm ranges on the floating-point model, reparameterizes, then
-        calibrates
-            everything else in one pass; `official` is the order of the official code, whose first pass runs
-            with the un-reparameterized weights already quantized.
+            calibrates everything else in one pass; `official` is the order of the official code, whose first
+            pass runs with the un-reparameterized weights already quantized.
         round_zero_point: see `reparameterize.merge_channels`.
         zero_code: see `quantizers.log_encode`.
         stem_bits: input of the first layer; the paper keeps 8.
-        norm_bits, softmax_bits: their own widths, where they differ from a_bits.
+        norm_bits: width of LayerNorm outputs, where it differs from a_bits.
+        softmax_bits: width of post-softmax values, where it differs from a_bits.
         head_bits: width of the heads' weights and inputs, where it differs (other papers keep 8).
         smooth_alpha: SmoothQuant's migration strength.
     """
@@ -67,6 +67,7 @@ class Recipe:
                 raise ValueError(f"{name} must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
 
     def activation_quantizer(self, bits: int | None = None) -> Quantizer:
+        """For any other activation: uniform, one scale, of width a_bits unless another is given."""
         return UniformAffine(bits or self.a_bits, search=self.search)
 
     @property
@@ -88,6 +89,7 @@ class Recipe:
         )
 
     def softmax_quantizer(self) -> Quantizer:
+        """For post-softmax values, in the recipe's form."""
         bits = self.softmax_bits or self.a_bits
         match self.softmax:
             case "log-sqrt2":

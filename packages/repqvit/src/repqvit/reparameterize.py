@@ -38,10 +38,13 @@ def merge_channels(
 ) -> PerTensor:
     """One scale and zero point for all channels: their means (paper, 3.3).
 
-    round_zero_point: the mean zero point is rounded and clipped to a legal code, so that codes are preserved
-    exactly
-        and there are 2^b of them. False leaves it fractional, as the official code does: up to 2^b + 1
-        distinct levels.
+    Args:
+        scale: positive scale of each channel.
+        zero_point: integer zero point of each channel; may lie outside the codes.
+        bits: width of the activation codes, 2 to 8.
+        round_zero_point: whether the mean zero point is rounded and clipped to a legal code, so that codes
+            are preserved exactly and there are 2^b of them. False leaves it fractional, as the official code
+            does: up to 2^b + 1 distinct levels.
     """
     merged_scale = scale.mean().reshape(1)
     merged_zero_point = zero_point.mean().reshape(1)
@@ -68,9 +71,7 @@ def change_linear(
     ratio: Float[Tensor, " channels"],
     shift: Float[Tensor, " channels"],
 ) -> tuple[Float[Tensor, "out channels"], Float[Tensor, " out"]]:
-    """Weight and bias that undo the change: W~ = W diag(r1), b~ = b - W (s r2), with the old W in the
-    bias.
-    """
+    """Weight and bias that undo the change: W~ = W diag(r1), b~ = b - W (s r2), with the old W in both."""
     undo = weight @ shift
     return weight * ratio, -undo if bias is None else bias - undo
 
@@ -91,9 +92,8 @@ def change_site(
         ratio: r1, for each channel.
         shift: s r2, for each channel, in the units of the LayerNorm's output.
         defer_shift: leave the shift out of the LayerNorm, because zeros are padded to its output before it
-        reaches the
-            linear layers (Swin at sizes that are no multiple of the window): a padded zero must become s r2 /
-            r1, too.
+            reaches the linear layers (Swin at sizes that are no multiple of the window): a padded zero must
+            become s r2 / r1, too.
 
     Returns:
         The constant to add to the linear layers' input, s r2 / r1, where deferred; else None.
@@ -117,14 +117,12 @@ def reparameterize_layernorm(
     bits: int,
     round_zero_point: bool = True,
 ) -> tuple[Float[Tensor, " 1"], Float[Tensor, " 1"]]:
-    """Turn the per-channel quantizer (scale, zero_point) of a LayerNorm's output into a per-tensor one, in
-    place.
+    """Turn the per-channel quantizer of a LayerNorm's output into a per-tensor one, in place.
 
     Args:
         norm: LayerNorm over `channels`; changed in place.
         linears: all the linear layers that read its output; changed in place. In floating point the
-        composition is
-            the same function as before.
+            composition is the same function as before.
         scale: positive scale of each channel.
         zero_point: integer zero point of each channel; may lie outside the codes.
         bits: width of the activation codes, 2 to 8.

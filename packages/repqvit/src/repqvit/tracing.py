@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+_NATIVE: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]  # absent from torch's stubs
 _MOVES_VALUES: frozenset[Callable[..., Any]] = frozenset(
     {
         Tensor.view,
@@ -46,11 +47,11 @@ _MOVES_VALUES: frozenset[Callable[..., Any]] = frozenset(
         F.dropout,
         torch.dropout,
         F.pad,
-        torch._C._nn.pad,
+        _NATIVE.pad,
         Tensor.__getitem__,
     }
 )
-_PADS = frozenset({F.pad, torch._C._nn.pad})
+_PADS = frozenset({F.pad, _NATIVE.pad})
 _ATTENTION = F.scaled_dot_product_attention
 _SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax})
 _PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum})
@@ -99,9 +100,8 @@ class _Watcher(TorchFunctionMode):
         self.wiring = Wiring()
         self.stack: list[str] = []
         self.origins: dict[int, _Origin] = {}
-        self.producers: dict[
-            int, str
-        ] = {}  # id of tensor -> what computed it: "linear:NAME", "softmax", "gelu"
+        # What computed a tensor, by the tensor's id: "linear:NAME", "softmax" or "gelu".
+        self.producers: dict[int, str] = {}
         self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self.consumers: dict[str, set[str]] = {}
         self.norm_calls: dict[str, int] = {}
@@ -137,7 +137,7 @@ class _Watcher(TorchFunctionMode):
                 self.wiring.attentions.append(here)
         elif func in _SOFTMAX:
             self._produce(outputs, "softmax")
-        elif func is F.gelu or func is torch._C._nn.gelu:
+        elif func is F.gelu or func is _NATIVE.gelu:
             self._produce(outputs, "gelu")
         elif func in _PRODUCTS and any(self.producers.get(id(t)) == "softmax" for t in inputs):
             self.wiring.floating.append(f"softmax @ values in {here or 'the model'}")
