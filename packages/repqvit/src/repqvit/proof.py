@@ -55,16 +55,16 @@ BASELINES = (
     "smoothquant",
 )
 METHODS = ("repqvit", "repqvit-official", "channelwise", *BASELINES)
-"""All of them on the components and on the Swin."""
+"""All of them, on the components."""
 FULL_WIDTH_METHODS = METHODS[:-3]
 """Those of the paper's own kind, on all of DINOv2 at W6A6 and W4A4: the others would take the time of the
 proof."""
 
 RULE = (
-    "DINOv2 with LayerNorm outputs and softmax at 4 bits and all else at 8: repqvit has a higher probe accuracy than "
-    "percentile-mse (per-tensor percentiles by least squared error, uniform softmax) for every calibration seed, keeps "
-    f"at least 0.9 of the fp32 accuracy for every seed, and with quantizers off its features differ by at most "
-    f"{EQUIVALENCE:g} of the largest."
+    "DINOv2 with LayerNorm outputs and softmax at 4 bits and all else at 8: repqvit has a higher probe "
+    "accuracy than percentile-mse (per-tensor percentiles by least squared error, uniform softmax) for every "
+    "calibration seed, keeps at least 0.9 of the fp32 accuracy for every seed, and with quantizers off its "
+    f"features differ by at most {EQUIVALENCE:g} of the largest."
 )
 
 
@@ -101,9 +101,10 @@ def load_data(quick: bool) -> Data:
     """Real photographs and handwritten digits, split once and for all."""
     from shared_core import datasets
 
+    photographs: Any = datasets.photographs()
     pictures = {
         row["name"]: torch.from_numpy(np.array(row["image"].convert("RGB"))).permute(2, 0, 1) / 255
-        for row in datasets.photographs()
+        for row in photographs
     }
     generator = torch.Generator().manual_seed(0)
     crops = [_crop(pictures[name], generator) for name in TEST_PICTURES for _ in range(2)]
@@ -151,7 +152,8 @@ def calibration_batch(data: Data, seed: int) -> Float[Tensor, "n 3 h w"]:
 
 
 @torch.no_grad()
-def features(model: nn.Module, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n tokens width"]:
+def features(model: Any, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n tokens width"]:
+    """Normalized tokens of the last block, class token first."""
     return torch.cat([model.forward_features(batch) for batch in images.split(64)])
 
 
@@ -180,9 +182,11 @@ class Judge:
 
     @torch.no_grad()
     def saliency_of(self, tokens: Float[Tensor, "n tokens width"]) -> Float[Tensor, "n size size"]:
+        """Saliency maps from features, by the fp32 decoder."""
         return self.decoder(tokens[:, 1:], SIZE)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Likeness of the model's features to the fp32 model's, and the probe's accuracy on them."""
         tokens = features(model, self.data.crops)
         cosine = F.cosine_similarity(tokens, self.reference, dim=-1)
         maps = torch.stack([self.saliency_of(tokens).flatten(), self.saliency.flatten()])
@@ -198,9 +202,7 @@ class Judge:
 def equivalence_error(
     model: nn.Module, images: Float[Tensor, "n 3 h w"], output: Callable[[nn.Module, Tensor], Tensor]
 ) -> float:
-    """Largest change of the output by reparameterization alone (quantizers off), relative to the largest
-    output.
-    """
+    """How much reparameterization alone (quantizers off) changes the output, relative to its largest."""
     changed = prepared_copy(model)
     wiring = tracing.trace(changed, lambda m: m(images[:1]))
     recipe = Recipe()
@@ -253,18 +255,18 @@ def prove(out: Path, seeds: int = 3, quick: bool = False) -> int:
         judge = Judge(model, decoder, data)
         error = equivalence_error(model, calibration_batch(data, 0), features)
         task = progress.add_task("DINOv2", total=rounds)
-        shown: dict[str, QuantizedModel] = {}
+        shown: dict[str, QuantizedModel] = {}  # for the picture
         for setting, widths in settings.items():
             for name in methods[setting]:
                 recipe = replace(RECIPES[name], **widths)
                 for seed in run.seeds:
                     quantized = quantize(model, calibration_batch(data, seed), recipe)
                     _record(run, setting, name, judge(quantized))
+                    if setting == "components" and name in proof_pictures.SHOWN:
+                        shown[name] = quantized
                     progress.advance(task)
-                if setting == "components" and name in ("repqvit", "percentile-mse"):
-                    shown[name] = quantized  # of the last seed, for the picture
         if not quick:
-            proof_swin.measure(run, METHODS, partial(progress.add_task, "Swin"), progress.advance)
+            proof_swin.measure(run, FULL_WIDTH_METHODS, partial(progress.add_task, "Swin"), progress.advance)
     _judge(run, judge, error)
     proof_pictures.draw(run, judge, model, shown, calibration_batch(data, 0))
     return run.finish()
@@ -293,14 +295,15 @@ def _judge(run: proof.ProofRun, judge: Judge, error: float) -> None:
     ours, baseline = (run.methods[name]["components accuracy"] for name in ("repqvit", "percentile-mse"))
     floor = 0.9 * judge.fp32_accuracy
     run.claim(
-        "At 4 bits, per-channel calibration that is reparameterized to one scale, and log-sqrt2 softmax, keep a "
-        "pretrained vision transformer usable where per-tensor uniform quantization of the same tensors does not.",
+        "At 4 bits, per-channel calibration reparameterized to one scale and log-sqrt2 softmax keep "
+        "a pretrained vision transformer usable where per-tensor uniform quantization of the same tensors "
+        "does not.",
         rule=RULE,
         holds=all(a > b for a, b in zip(ours, baseline, strict=True))
         and min(ours) >= floor
         and error <= EQUIVALENCE,
-        reason=f"probe accuracy {_listed(ours)} against {_listed(baseline)} by seed, fp32 {judge.fp32_accuracy:.3f} "
-        f"(floor {floor:.3f}); equivalence error {error:.1e}",
+        reason=f"probe accuracy {_listed(ours)} against {_listed(baseline)} by seed, fp32 "
+        f"{judge.fp32_accuracy:.3f} (floor {floor:.3f}); equivalence error {error:.1e}",
     )
     run.detail("fp32 probe accuracy", judge.fp32_accuracy)
     run.detail("equivalence error (relative)", error)
@@ -310,8 +313,8 @@ def _judge(run: proof.ProofRun, judge: Judge, error: float) -> None:
         if f"{setting} accuracy" in run.methods["repqvit"]:
             run.note(_ranking(run, f"{setting} accuracy", setting, judge.fp32_accuracy))
     run.note(
-        "repqvit has integer zero points, 2^b levels and reads LayerNorm ranges from the floating-point model; "
-        "repqvit-official has the official code's fractional zero points, its extra zero level and its order. "
+        "repqvit has integer zero points and 2^b levels, and takes LayerNorm ranges from the floating-point "
+        "model; repqvit-official has the official code's fractional zero points, extra zero level and order. "
         "channelwise is the same method before reparameterization: accurate, and not deployable."
     )
 
@@ -321,9 +324,10 @@ def _ranking(run: proof.ProofRun, metric: str, setting: str, fp32: float) -> str
     best = max((name for name in means if name in BASELINES), key=lambda name: means[name])
     relation = "above" if means["repqvit"] > means[best] else "not above"
     return (
-        f"{setting} of everything, which the claim does not cover: repqvit {means['repqvit']:.3f} is {relation} the best "
-        f"baseline, {best} {means[best]:.3f} (fp32 {fp32:.3f}, chance 0.1). The paper's figures at these widths are of "
-        "supervised ViT, DeiT and Swin; DINOv2 has massive activations outside the LayerNorms that clipping hurts."
+        f"{setting} of everything, which the claim does not cover: repqvit {means['repqvit']:.3f} is "
+        f"{relation} the best baseline, {best} {means[best]:.3f} (fp32 {fp32:.3f}, chance 0.1). The paper's "
+        "figures at these widths are of supervised ViT, DeiT and Swin; DINOv2 has massive activations "
+        "outside the LayerNorms, which clipping hurts."
     )
 
 

@@ -1,10 +1,8 @@
-"""Pictures of the proof: the scores by method, what reparameterization does to the channels, and saliency
-maps.
-"""
+"""Pictures of the proof: scores by method, one LayerNorm's channels, saliency maps."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,13 +11,16 @@ from torch import Tensor, nn
 
 from repqvit import embedded
 from repqvit.quantized import QuantizedModel
+from repqvit.quantizers import UniformAffine
 from shared_core import plot, proof
 
 if TYPE_CHECKING:
     from repqvit.proof import Judge
 
-_BLOCK = "blocks.10.norm1"
-"""The LayerNorm whose channels are shown: late in the network, where their ranges differ most."""
+SHOWN = ("repqvit", "percentile-mse")
+"""The methods whose saliency maps are shown; the first is the method that is proved."""
+_NORM, _READER = "blocks.10.norm1", "blocks.10.attn.qkv"
+"""The LayerNorm whose channels are shown, late in the network, and the layer that reads it."""
 
 
 def draw(
@@ -29,6 +30,7 @@ def draw(
     shown: dict[str, QuantizedModel],
     calibration: Float[Tensor, "n 3 h w"],
 ) -> None:
+    """Draw and record all pictures."""
     _scores(run, judge.fp32_accuracy)
     _channels(run, model, shown["repqvit"], calibration)
     _saliency(run, judge, shown)
@@ -57,38 +59,47 @@ def _scores(run: proof.ProofRun, fp32_accuracy: float) -> None:
 
 
 @torch.no_grad()
+def _norm_output(model: nn.Module, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "tokens channels"]:
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs.append(output)
+
+    handle = model.get_submodule(_NORM).register_forward_hook(keep)
+    model(images)
+    handle.remove()
+    return outputs[0].flatten(0, 1)
+
+
 def _channels(
     run: proof.ProofRun, model: nn.Module, quantized: QuantizedModel, images: Float[Tensor, "n 3 h w"]
 ) -> None:
+    """Channel ranges of one LayerNorm output before and after, on the one 4-bit grid that each would get."""
     figure, axes = plot.figure(
         1,
         2,
-        height=480,
-        title=f"Range of each channel of one LayerNorm output ({_BLOCK}), 4-bit grid in grey",
+        height=500,
+        title=f"Channels of one LayerNorm output ({_NORM}); grey: the 16 levels of one scale",
     )
-    reader = "blocks.10.attn.qkv"
-    for axis, host, title in (
-        (axes[0], model, "before: one scale would waste most levels on most channels"),
-        (axes[1], quantized.model, "after reparameterization: one scale fits every channel"),
+    before, after = (_norm_output(host, images) for host in (model, quantized.model))
+    one_scale = UniformAffine(4)
+    one_scale.fit_from([before])
+    merged: Any = quantized.model.get_submodule(_READER).input_quantizer
+    order = (before.quantile(0.999, 0) - before.quantile(0.001, 0)).argsort()
+    for axis, columns, grid, title in (
+        (axes[0], before, one_scale, "before: one scale for all wastes levels on most channels"),
+        (axes[1], after, merged, "reparameterized: the same function, and one scale fits every channel"),
     ):
-        outputs: list[Tensor] = []
-        handle = host.get_submodule(_BLOCK).register_forward_hook(lambda m, a, y: outputs.append(y))
-        host(images)
-        handle.remove()
-        columns = outputs[0].flatten(0, 1)
-        low, high = columns.quantile(0.001, 0), columns.quantile(0.999, 0)
-        order = (high - low).argsort() if host is model else order  # noqa: F821 (set by the first pass)
+        low, high = columns.quantile(0.001, 0)[order], columns.quantile(0.999, 0)[order]
+        for level in (torch.arange(16) - grid.zero_point) * grid.scale:
+            axis.axhline(float(level), color="#999999", linewidth=0.6)
         axis.fill_between(
-            range(len(order)), low[order], high[order], step="mid", color=plot.COLOURS[0], alpha=0.7
+            range(len(order)), low, high, step="mid", color=plot.COLOURS[0], alpha=0.6, zorder=3
         )
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("channel, by range before")
-        axis.set_ylabel("0.1 % to 99.9 % of values")
-        if host is not model:
-            grid = quantized.model.get_submodule(reader).input_quantizer
-            levels = (torch.arange(16) - grid.zero_point) * grid.scale
-            for level in levels:
-                axis.axhline(float(level), color="#888888", linewidth=0.5)
+        axis.set_xlabel("channel, ordered by its range before")
+        axis.set_ylabel("0.1 % to 99.9 % of its values")
+        axis.grid(False)
     plot.save(figure, run.picture("channels.png"))
 
 
@@ -99,7 +110,7 @@ def _saliency(run: proof.ProofRun, judge: Judge, shown: dict[str, QuantizedModel
     per_picture = len(crops) // len(TEST_PICTURES)
     chosen = list(range(0, len(crops), per_picture))
     columns = {"fp32": judge.saliency}
-    for name in ("repqvit", "percentile-mse"):
+    for name in SHOWN:
         columns[f"{name}, 4 bit"] = judge.saliency_of(features(shown[name], crops))
     figure, axes = plot.figure(
         len(columns) + 1,

@@ -107,10 +107,10 @@ class _Watcher(TorchFunctionMode):
         self.norm_calls: dict[str, int] = {}
         self.layer_calls: dict[str, int] = {}
         self.sites: dict[str, NormSite] = {}
-        self.weight_owner: dict[int, str] = {}
+        self.weight_owners: dict[int, set[str]] = {}  # several where layers are tied
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                self.weight_owner[id(module.weight)] = name
+                self.weight_owners.setdefault(id(module.weight), set()).add(name)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -119,16 +119,17 @@ class _Watcher(TorchFunctionMode):
             return result  # a shape, a dtype, a flag: not a use of the values
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._note_kind(func, inputs, outputs)
-        inside_linear = func is F.linear and self._owner(inputs) == (self.stack[-1] if self.stack else "")
+        here = self.stack[-1] if self.stack else ""
+        inside_linear = func is F.linear and here in self._owners(inputs)
         for tensor in inputs:
             origin = self.origins.get(id(tensor))
             if origin is not None and not inside_linear:
                 self._follow(func, origin, outputs)
         return result
 
-    def _owner(self, inputs: list[Tensor]) -> str | None:
-        """The layer whose weight is among the inputs of a linear or convolution call."""
-        return next((self.weight_owner[id(t)] for t in inputs if id(t) in self.weight_owner), None)
+    def _owners(self, inputs: list[Tensor]) -> set[str]:
+        """The layers whose weight is among the inputs of a linear or convolution call."""
+        return next((self.weight_owners[id(t)] for t in inputs if id(t) in self.weight_owners), set())
 
     def _note_kind(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         here = self.stack[-1] if self.stack else ""
@@ -142,9 +143,11 @@ class _Watcher(TorchFunctionMode):
         elif func in _PRODUCTS and any(self.producers.get(id(t)) == "softmax" for t in inputs):
             self.wiring.floating.append(f"softmax @ values in {here or 'the model'}")
         elif func in (F.linear, F.conv2d):
-            owner = self._owner(inputs)
-            if owner is not None and owner != here:
-                self.wiring.floating.append(f"the weight of {owner}, used directly in {here or 'the model'}")
+            owners = self._owners(inputs)
+            if owners and here not in owners:
+                self.wiring.floating.append(
+                    f"the weight of {min(owners)}, used directly in {here or 'the model'}"
+                )
 
     def _produce(self, outputs: list[Tensor], what: str) -> None:
         self.alive.extend(outputs)
