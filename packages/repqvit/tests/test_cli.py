@@ -77,14 +77,15 @@ def test_quantize_writes_weights_a_record_and_a_table(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "q.safetensors"
-    code = run("quantize", *RANDOM, "--images", data, "--out", out, "--count", 12, "--w-bits", 6, "--seed", 3)
-    assert code == 0
+    options = ["--count", 12, "--w-bits", 6, "--seed", 3, "--percentiles", "0.999,1"]
+    assert run("quantize", *RANDOM, "--images", data, "--out", out, *options) == 0
     printed = capsys.readouterr().out
     assert "W6A4 repqvit" in printed
     assert "12 of 13" in printed
     assert f"{out.stat().st_size:,}" in printed
     record = json.loads((tmp_path / "q.safetensors.json").read_text())
     assert record["bytes_after"] == out.stat().st_size < record["bytes_before"] / 3
+    assert record["percentiles"] == [0.999, 1.0]
     assert record["calibration"]["seed"] == 3
     assert len(set(record["calibration"]["files"])) == 12
     assert all((data / file).is_file() for file in record["calibration"]["files"])
@@ -208,6 +209,22 @@ def test_prove_ends_with_the_verdict(code: int, tmp_path: Path, monkeypatch: pyt
         ),
         (["quantize", *RANDOM, "--images", "{data}", "--out", "{out}", "--mean", "a,b"], "expected numbers"),
         (["quantize", *RANDOM, "--images", "{data}", "--out", "{out}", "--device", "tpu9"], "no such device"),
+        (["quantize", *RANDOM, "--images", "{data}", "--out", "{out}", "--percentiles", "99"], "in (0.5, 1]"),
+        (
+            [
+                "quantize",
+                *RANDOM,
+                "--images",
+                "{data}",
+                "--out",
+                "{out}",
+                "--percentiles",
+                "1",
+                "--recipe",
+                "mse",
+            ],
+            "the recipe searches ranges by mse",
+        ),
         (
             ["quantize", *RANDOM, "--images", "{data}", "--out", "{data}/no/x.safetensors"],
             "there is no folder",

@@ -136,7 +136,7 @@ def quantize(
     percentiles: Annotated[
         str | None,
         typer.Option(
-            help="Candidates for the end of an activation's range, else 0.999,0.9999,0.99999; 1.0 keeps outliers.",
+            help="Ends of activation ranges to try; 0.999,0.9999,0.99999 if not given, 1 keeps outliers.",
             callback=_numbers,
         ),
     ] = None,
@@ -268,7 +268,7 @@ def evaluate(
             progress=True,
             batches=math.ceil(len(data.files) / batch_size),
         )
-        times = [latency(each, one) for each in (source.model, quantized)]
+        times = latency([source.model, quantized], one)
     names = ("fp32", "quantized")
     numbers = {
         "model": model,

@@ -312,25 +312,25 @@ def norm_ranges(
 
 
 @torch.no_grad()
-def latency(model: nn.Module, images: Batch, repeats: int = 20, warmup: int = 3) -> Latency:
-    """Median and 90th percentile of the time of a forward pass on the batch.
+def latency(models: Sequence[nn.Module], images: Batch, repeats: int = 20, warmup: int = 3) -> list[Latency]:
+    """Median and 90th percentile of the time of a forward pass on the batch, for each model.
 
-    A quantized model simulates integer arithmetic in floating point, so it is slower than the original; the
-    exported model is the one to time for deployment.
+    The models take turns, so that whatever else the machine does slows all of them. A quantized model
+    simulates integer arithmetic in floating point and is slower than the original; the exported model is the
+    one to time for deployment.
     """
-    times = []
-    with evaluating(model):
+    times: list[list[float]] = [[] for _ in models]
+    with evaluating(*models):
         for number in range(warmup + repeats):
-            begin = time.perf_counter()
-            logits = logits_of(forward(model, images))
-            if logits.is_cuda:
-                torch.cuda.synchronize(logits.device)
-            if number >= warmup:
-                times.append((time.perf_counter() - begin) * 1e3)
-    p50, p90 = torch.tensor(times, dtype=torch.float64).quantile(
-        torch.tensor([0.5, 0.9], dtype=torch.float64)
-    )
-    return Latency(float(p50), float(p90))
+            for model, taken in zip(models, times, strict=True):
+                begin = time.perf_counter()
+                logits = logits_of(forward(model, images))
+                if logits.is_cuda:
+                    torch.cuda.synchronize(logits.device)
+                if number >= warmup:
+                    taken.append((time.perf_counter() - begin) * 1e3)
+    ends = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    return [Latency(*torch.tensor(taken, dtype=torch.float64).quantile(ends).tolist()) for taken in times]
 
 
 def float_bytes(model: nn.Module) -> int:

@@ -133,10 +133,12 @@ def draw_norms(ranges: list[NormRanges], folder: Path) -> list[Path]:
         axes[0].set_title(f"before: widest / median channel = {item.spread_before:.1f}")
         axes[1].set_title(f"after: widest / median channel = {item.spread_after:.1f}")
         if isinstance(item.quantizer, UniformAffine) and item.quantizer.scale.numel() == 1:
-            low, high = _representable(item.quantizer)
-            line = axes[1].axhline(low, color="#000000", linewidth=1, linestyle="--")
-            axes[1].axhline(high, color="#000000", linewidth=1, linestyle="--")
-            axes[1].legend([line], [f"ends of the {item.quantizer.bits}-bit codes"], loc="lower right")
+            for end in _representable(item.quantizer):
+                axes[1].axhline(end, color="#000000", linewidth=1, linestyle="--")
+            axes[1].set_title(
+                f"after: widest / median channel = {item.spread_after:.1f}; dashed: ends of the "
+                f"{item.quantizer.bits}-bit codes"
+            )
         path = folder / f"{item.site.norm}.png"
         plot.save(figure, path)
         drawn.append(path)
