@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repqvit.checkpoint import load
     from repqvit.evaluation import compare, evaluate
+    from repqvit.onnx_export import export_onnx
     from repqvit.quantized import QuantizedModel, quantize
     from repqvit.recipes import RECIPES, Recipe
     from repqvit.reparameterize import reparameterize_layernorm
@@ -22,6 +23,7 @@ __all__ = [
     "load",
     "evaluate",
     "compare",
+    "export_onnx",
     "Recipe",
     "RECIPES",
     "reparameterize_layernorm",
@@ -34,6 +36,7 @@ _HOME = {
     "load": "checkpoint",
     "evaluate": "evaluation",
     "compare": "evaluation",
+    "export_onnx": "onnx_export",
     "Recipe": "recipes",
     "RECIPES": "recipes",
     "reparameterize_layernorm": "reparameterize",
