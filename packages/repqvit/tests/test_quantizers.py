@@ -80,9 +80,9 @@ def test_zero_and_above_scale_probabilities():
 def _quantizers(bits):
     return {
         "uniform": UniformAffine(bits),
-        "log2": Log2(bits),
-        "log-sqrt2": LogSqrt2(bits),
-        "log2-unscaled": Log2(bits, None),
+        "log2": Log2(bits, zero_code=True),
+        "log-sqrt2": LogSqrt2(bits, zero_code=True),
+        "log2-unscaled": Log2(bits, None, zero_code=True),
         "twin-softmax": TwinUniformSoftmax(bits),
     }
 
@@ -97,7 +97,7 @@ def test_a_quantizer_of_b_bits_gives_at_most_2_to_the_b_values(name, bits, rng):
 
 def test_the_official_form_of_log_sqrt2_has_one_level_more(rng):
     probabilities = (6 * torch.randn(50, 8, 30, generator=rng)).softmax(-1)
-    quantizer = calibrated(LogSqrt2(4, zero_code=False), probabilities)
+    quantizer = calibrated(LogSqrt2(4), probabilities)
     assert quantizer(probabilities).unique().numel() == 17
 
 
@@ -123,7 +123,7 @@ def test_log_sqrt2_keeps_peaked_probabilities_better_than_uniform_at_4_bits(rng)
 
 def test_the_log_scale_is_the_best_of_the_three_percentiles(rng):
     probabilities = (4 * torch.randn(200, 8, 30, generator=rng)).softmax(-1)
-    quantizer = calibrated(LogSqrt2(4), probabilities)
+    quantizer = calibrated(LogSqrt2(4, zero_code=True), probabilities)
     flat = probabilities.flatten().double().numpy()
     errors = {}
     for p in (99.9, 99.99, 99.999):
@@ -186,3 +186,9 @@ def test_signal_to_noise_ratio_is_that_of_the_definition(rng):
     quantizer = calibrated(UniformAffine(6), x)
     noise = (quantizer(x) - x).square().sum()
     assert quantizer.sqnr_db == pytest.approx(10 * math.log10(x.square().sum() / noise), abs=1e-3)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_quantizer_moves_to_another_device_with_its_model(rng, per_channel):
+    quantizer = calibrated(UniformAffine(4, per_channel), torch.randn(9, 3, generator=rng)).to("meta")
+    assert quantizer(torch.empty(2, 3, device="meta")).is_meta

@@ -176,12 +176,13 @@ class UniformAffine(Quantizer):
         """Take parameters as given, of one element or one for each channel, and switch on."""
         super().set_parameters(scale, zero_point)
         # One zero point is kept as a number, too: clamping to numbers is faster, and needs no device
-        # synchronization.
-        self._zero_point = float(zero_point) if zero_point.numel() == 1 else zero_point
+        # synchronization. Several stay in the buffer alone, which moves with the model.
+        self._number = float(zero_point) if zero_point.numel() == 1 else None
 
     def quantize(self, x: Tensor) -> Tensor:
         """Values s (q - z) of the codes q of x, in its shape."""
-        return fake_quantize(x, self.scale, self._zero_point, self.bits)
+        zero_point = self.zero_point if self._number is None else self._number
+        return fake_quantize(x, self.scale, zero_point, self.bits)
 
     def encode(self, x: Tensor) -> Tensor:
         """Integer codes of x."""
@@ -199,7 +200,7 @@ class Log2(Quantizer):
 
     steps_per_octave = 1
 
-    def __init__(self, bits: int, search: RangeSearch | None = PAPER_SEARCH, zero_code: bool = True) -> None:
+    def __init__(self, bits: int, search: RangeSearch | None = PAPER_SEARCH, zero_code: bool = False) -> None:
         super().__init__(bits)
         self.search = search
         self.zero_code = zero_code
