@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RECIPE_NAMES = (
     "repqvit",
+    "repqvit-strict",
     "repqvit-official",
     "channelwise",
     "minmax",
