@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -20,8 +18,7 @@ def verdict(tmp_path, ours, baseline, error=1e-6, fp32=0.95):
     for method, values in (("repqvit", ours), ("percentile-mse", baseline)):
         for value in values:
             run.add(method, "components accuracy", value)
-    judge = SimpleNamespace(fp32_accuracy=fp32, data=SimpleNamespace(digits=(None, range(100))))
-    repqvit.proof._judge(run, judge, error)
+    repqvit.proof._judge(run, fp32, 100, error)
     (claim,) = run._claims
     return claim.holds
 

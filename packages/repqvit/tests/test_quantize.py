@@ -104,7 +104,7 @@ def test_at_8_bits_uniform_outputs_are_close_to_the_floating_point_model(name):
 @torch.no_grad()
 def test_values_after_each_quantizer_are_at_most_2_to_the_b():
     x = images("timm-vit")
-    q = repqvit.quantize(build("timm-vit"), x)
+    q = repqvit.quantize(build("timm-vit"), x, "repqvit-strict")
     seen: dict[str, int] = {}
     for key, module in q.named_modules():
         if isinstance(module, Quantizer):

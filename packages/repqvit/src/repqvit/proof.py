@@ -72,11 +72,11 @@ RULE = (
 class Data:
     """Preprocessed images; every part comes from files or digits that no other part has."""
 
-    probe: tuple[Float[Tensor, "n 3 h w"], Int[np.ndarray, " n"]]
-    digits: tuple[Float[Tensor, "n 3 h w"], Int[np.ndarray, " n"]]
-    crops: Float[Tensor, "n 3 h w"]
-    calibration_pictures: list[Float[Tensor, "3 h w"]]
-    calibration_digits: Float[Tensor, "n 3 h w"]
+    probe: tuple[Float[Tensor, "_ 3 h w"], Int[np.ndarray, " _"]]
+    digits: tuple[Float[Tensor, "_ 3 h w"], Int[np.ndarray, " _"]]
+    crops: Float[Tensor, "_ 3 h w"]
+    calibration_pictures: list[Float[Tensor, "3 _ _"]]
+    calibration_digits: Float[Tensor, "_ 3 h w"]
     sources: dict[str, Any]
 
 
@@ -267,7 +267,7 @@ def prove(out: Path, seeds: int = 3, quick: bool = False) -> int:
                     progress.advance(task)
         if not quick:
             proof_swin.measure(run, FULL_WIDTH_METHODS, partial(progress.add_task, "Swin"), progress.advance)
-    _judge(run, judge, error)
+    _judge(run, judge.fp32_accuracy, len(data.digits[1]), error)
     proof_pictures.draw(run, judge, model, shown, calibration_batch(data, 0))
     return run.finish()
 
@@ -291,9 +291,9 @@ def _record(run: proof.ProofRun, setting: str, method: str, values: dict[str, fl
             run.add(method, f"{setting} {key}", value)
 
 
-def _judge(run: proof.ProofRun, judge: Judge, error: float) -> None:
+def _judge(run: proof.ProofRun, fp32: float, test_digits: int, error: float) -> None:
     ours, baseline = (run.methods[name]["components accuracy"] for name in ("repqvit", "percentile-mse"))
-    floor = 0.9 * judge.fp32_accuracy
+    floor = 0.9 * fp32
     run.claim(
         "At 4 bits, per-channel calibration reparameterized to one scale and log-sqrt2 softmax keep "
         "a pretrained vision transformer usable where per-tensor uniform quantization of the same tensors "
@@ -303,18 +303,18 @@ def _judge(run: proof.ProofRun, judge: Judge, error: float) -> None:
         and min(ours) >= floor
         and error <= EQUIVALENCE,
         reason=f"probe accuracy {_listed(ours)} against {_listed(baseline)} by seed, fp32 "
-        f"{judge.fp32_accuracy:.3f} (floor {floor:.3f}); equivalence error {error:.1e}",
+        f"{fp32:.3f} (floor {floor:.3f}); equivalence error {error:.1e}",
     )
-    run.detail("fp32 probe accuracy", judge.fp32_accuracy)
+    run.detail("fp32 probe accuracy", fp32)
     run.detail("equivalence error (relative)", error)
-    standard_error = (judge.fp32_accuracy * (1 - judge.fp32_accuracy) / len(judge.data.digits[1])) ** 0.5
+    standard_error = (fp32 * (1 - fp32) / test_digits) ** 0.5
     run.detail("standard error of an accuracy near fp32's", standard_error)
     for setting in ("W6A6", "W4A4"):
         if f"{setting} accuracy" in run.methods["repqvit"]:
-            run.note(_ranking(run, f"{setting} accuracy", setting, judge.fp32_accuracy))
+            run.note(_ranking(run, f"{setting} accuracy", setting, fp32))
     run.note(
-        "repqvit has integer zero points and 2^b levels, and takes LayerNorm ranges from the floating-point "
-        "model; repqvit-official has the official code's fractional zero points, extra zero level and order. "
+        "repqvit has integer zero points and takes LayerNorm ranges from the floating-point model; "
+        "repqvit-official has the official code's fractional zero points and its order. "
         "channelwise is the same method before reparameterization: accurate, and not deployable."
     )
 

@@ -195,7 +195,7 @@ def _batches(calibration: Batch | Sequence[Batch]) -> list[Batch]:
     return batches
 
 
-def _images(batch: Batch) -> Tensor:
+def _images(batch: Any) -> Tensor:
     """The image tensor of a batch."""
     if isinstance(batch, Tensor):
         return batch

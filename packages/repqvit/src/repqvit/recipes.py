@@ -53,7 +53,7 @@ class Recipe:
     weight_scheme: Literal["asymmetric", "symmetric"] = "asymmetric"
     order: Literal["fp-first", "official"] = "fp-first"
     round_zero_point: bool = True
-    zero_code: bool = True
+    zero_code: bool = False
     stem_bits: int = 8
     norm_bits: int | None = None
     softmax_bits: int | None = None
@@ -108,7 +108,8 @@ _PLAIN = Recipe(norm="per-tensor", softmax="uniform")
 
 RECIPES: dict[str, Recipe] = {
     "repqvit": Recipe(),
-    "repqvit-official": Recipe(order="official", round_zero_point=False, zero_code=False),
+    "repqvit-strict": Recipe(zero_code=True),
+    "repqvit-official": Recipe(order="official", round_zero_point=False),
     "channelwise": Recipe(norm="per-channel"),
     "minmax": replace(_PLAIN, search=RangeSearch("minmax"), weight_search=RangeSearch("minmax")),
     "percentile": replace(_PLAIN, search=RangeSearch("percentile", (0.9999,))),
@@ -119,9 +120,12 @@ RECIPES: dict[str, Recipe] = {
     "twin-uniform": Recipe(norm="per-tensor", softmax="twin-uniform", gelu="twin-uniform"),
     "smoothquant": Recipe(norm="smooth", softmax="uniform"),
 }
-"""Named recipes, at W4A4. `repqvit` is the method with legal integer zero points and codes and the fp-first
-order; `repqvit-official` reproduces the official code's numbers; `channelwise` is the method without
-reparameterization."""
+"""Named recipes, at W4A4. `repqvit` is the method with integer zero points and the fp-first order.
+
+`repqvit-strict` also takes the zero of the softmax out of the 2^b codes, which the paper has beside them.
+`repqvit-official` reproduces the official code's numbers, `channelwise` is the method without
+reparameterization.
+"""
 
 
 def named(name: str, w_bits: int = 4, a_bits: int = 4) -> Recipe:
