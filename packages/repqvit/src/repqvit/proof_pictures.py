@@ -38,9 +38,13 @@ def draw(
 
 def _scores(run: proof.ProofRun, fp32_accuracy: float) -> None:
     settings = [s for s in ("components", "W6A6", "W4A4") if f"{s} accuracy" in run.methods["repqvit"]]
-    titles = {"components": "LayerNorm outputs and softmax 4 bit, rest 8"}
+    titles = {"components": "LayerNorm, softmax 4 bit; rest 8", "W6A6": "all 6 bit", "W4A4": "all 4 bit"}
     figure, axes = plot.figure(
-        1, len(settings), height=560, title="DINOv2 ViT-S/14: accuracy of a fp32 probe on quantized features"
+        1,
+        len(settings),
+        height=560,
+        title="DINOv2 ViT-S/14: accuracy of a fp32 probe on quantized features\n"
+        "(dots: calibration seeds; dashed: fp32)",
     )
     for axis, setting in zip(axes, settings, strict=True):
         names = [name for name in run.methods if f"{setting} accuracy" in run.methods[name]]
@@ -54,7 +58,7 @@ def _scores(run: proof.ProofRun, fp32_accuracy: float) -> None:
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
         axis.set_title(titles.get(setting, setting), fontsize=10)
-        axis.set_xlabel("accuracy (dots: calibration seeds; dashed: fp32)")
+        axis.set_xlabel("accuracy")
     plot.save(figure, run.picture("scores.png"))
 
 
@@ -88,7 +92,7 @@ def _channels(
     order = (before.quantile(0.999, 0) - before.quantile(0.001, 0)).argsort()
     for axis, columns, grid, title in (
         (axes[0], before, one_scale, "before: one scale for all wastes levels on most channels"),
-        (axes[1], after, merged, "reparameterized: the same function, and one scale fits every channel"),
+        (axes[1], after, merged, "reparameterized: one scale fits every channel"),
     ):
         low, high = columns.quantile(0.001, 0)[order], columns.quantile(0.999, 0)[order]
         for level in (torch.arange(16) - grid.zero_point) * grid.scale:
