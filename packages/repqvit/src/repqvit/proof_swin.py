@@ -24,7 +24,9 @@ from repqvit.recipes import RECIPES
 from repqvit.reparameterize import change_site
 from shared_core import proof
 
-TRAINING, TEST, EPOCHS, BATCH = 2500, 300, 5, 50
+TRAINING, TEST, EPOCHS, BATCH = 4000, 300, 5, 25
+PEAK_RATE = 3e-3
+"""Learning rate at the height of the cycle: the best of four short trials for fp32 accuracy."""
 STRESS = 1.0
 """Standard deviation of the log of the stress test's factors."""
 WIDTHS = {"Swin W6A6": 6, "Swin W4A4": 4, "Swin stress W4A4": 4}
@@ -66,8 +68,8 @@ def train(images: Float[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"], epochs:
         torch.manual_seed(0)
         model = build().train()
         steps = epochs * (len(images) // BATCH)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.1)
         for _ in range(epochs):
             for part in torch.randperm(len(images)).split(BATCH)[: len(images) // BATCH]:
                 loss = F.cross_entropy(model(images[part]), labels[part])
