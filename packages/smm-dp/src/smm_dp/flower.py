@@ -1,0 +1,337 @@
+"""Flower: a client mod and a strategy wrapper that put the mechanism under real secure aggregation.
+
+Flower carries the messages and runs the simulation; masks, shares and noise are this package's. Each round of
+training takes four exchanges with the clients. The protected unit is one client: what is clipped is the
+change of the model that a client's training makes.
+
+    client_app = ClientApp(mods=[smm_mod])            # the client's own train function stays as it is
+    strategy = SkellamMixtureStrategy(FedAvg(), parameters, ledger, population=1000, sampling_rate=0.1)
+    strategy.start(grid, initial_arrays, num_rounds=...)
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shared_core import InputError
+from smm_dp.calibration import Parameters
+from smm_dp.ledger import PrivacyLedger
+from smm_dp.mechanism import SkellamMixture
+from smm_dp.randomness import IntegerReader, secure_source
+from smm_dp.secure_aggregation import (
+    AggregationAborted,
+    AggregationPlan,
+    Aggregator,
+    Participant,
+    PublicKeys,
+    Unmasking,
+)
+
+try:
+    from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+    from flwr.serverapp.strategy import Strategy
+except ModuleNotFoundError as _error:
+    raise InputError(f"{_error.name} is not installed: pip install 'smm-dp[flower]'") from _error
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+    from flwr.serverapp import Grid
+
+_RECORD = "smm-dp"  # name of our record in messages and in a client's state
+
+
+def _pack(value: object) -> ConfigRecord:
+    return ConfigRecord({"json": json.dumps(value)})
+
+
+def _unpack(records: RecordDict, name: str = _RECORD) -> Any:
+    return json.loads(str(records[name]["json"]))  # pyright: ignore[reportArgumentType, reportIndexIssue] a ConfigRecord of ours
+
+
+def _plan(data: dict[str, Any]) -> AggregationPlan:
+    fields: dict[str, Any] = {**data, "participants": tuple(data["participants"])}
+    return AggregationPlan(**fields)
+
+
+def flatten(arrays: ArrayRecord) -> np.ndarray:
+    """Return all arrays of a record in one float64 vector, in the record's order."""
+    return np.concatenate([array.numpy().astype(np.float64).ravel() for array in arrays.values()])
+
+
+def unflatten(vector: np.ndarray, like: ArrayRecord) -> ArrayRecord:
+    """Return a record with the names, shapes and dtypes of `like` and the numbers of `vector`."""
+    from flwr.app import Array
+
+    out, start = {}, 0
+    for name, array in like.items():
+        old = array.numpy()
+        out[name] = Array(vector[start : start + old.size].reshape(old.shape).astype(old.dtype))
+        start += old.size
+    return ArrayRecord(out)
+
+
+def smm_mod(msg: Message, ctx: "Context", call_next: Callable[[Message, "Context"], Message]) -> Message:
+    """Flower client mod: answers the four stages, and trains through `call_next` in the third.
+
+    The train function receives arrays and config as ever and returns the new arrays; only the masked, noisy,
+    clipped change leaves the client. Its metrics are dropped: they would bypass the mechanism. Messages
+    that are
+    not of this package pass through.
+    """
+    if _RECORD not in msg.content:
+        return call_next(msg, ctx)
+    order = _unpack(msg.content)
+    plan, name, stage = _plan(order["plan"]), order["name"], order["stage"]
+    if stage == "keys":
+        person = Participant(name, plan)
+        keys = person.keys()
+        answer: dict = {"encryption": keys.encryption.hex(), "masking": keys.masking.hex()}
+    else:
+        person = Participant.from_state(_unpack(ctx.state), plan)
+        if stage == "shares":
+            keys_of = {
+                n: PublicKeys(n, bytes.fromhex(e), bytes.fromhex(m)) for n, (e, m) in order["keys"].items()
+            }
+            answer = {n: share.hex() for n, share in person.shares(keys_of).items()}
+        elif stage == "masked":
+            residues = _train_and_encode(msg, ctx, call_next, order, name)
+            shares = {n: bytes.fromhex(share) for n, share in order["shares"].items()}
+            answer = {"packed": person.masked(residues, shares).hex()}
+        elif stage == "unmasking":
+            reply = person.unmasking(frozenset(order["finished"]))
+            answer = {
+                kind: {n: (index, share.hex()) for n, (index, share) in getattr(reply, kind).items()}
+                for kind in ("self_masks", "mask_keys")
+            }
+        else:
+            raise InputError("unknown stage of secure aggregation", field="stage", value=stage)
+    ctx.state[_RECORD] = _pack({} if stage == "unmasking" else person.state())
+    return Message(content=RecordDict({_RECORD: _pack(answer)}), reply_to=msg)
+
+
+def _train_and_encode(
+    msg: Message, ctx: "Context", call_next: Callable[[Message, "Context"], Message], order: dict, name: str
+) -> np.ndarray:
+    before = flatten(next(iter(msg.content.array_records.values())))
+    reply = call_next(msg, ctx)
+    if reply.has_error():
+        raise RuntimeError(f"training failed: {reply.error.reason}")
+    after = flatten(next(iter(reply.content.array_records.values())))
+    return SkellamMixture(**order["mechanism"]).encode(after - before, participant=f"client {name}")
+
+
+class SkellamMixtureStrategy(Strategy):
+    """Wraps a Flower strategy: the wrapped one sees a single reply, the private mean of the clients' changes.
+
+    Clients are drawn by Poisson sampling (each by its own coin), whatever the wrapped strategy would
+    draw. Those
+    drawn divide the total noise among so many as must finish, so it does not depend on how many were drawn.
+
+    Args:
+        inner: Strategy that applies the mean, e.g. FedAvg, FedAdam, FedAvgM.
+        parameters: From `smm_dp.calibrate`, for the sampling rate and number of rounds to come.
+        ledger: Charged before each round's messages go out; raises `BudgetExceeded` at the end of the budget.
+        population: N, number of clients that the guarantee is for; sums are divided by the constant qN.
+        sampling_rate: q; must be the ledger's.
+        dropouts: Share of drawn clients who may vanish in a round; the others' noise then suffices. Only
+            where accounting uses no amplification by sampling (rate 1, or observer="server").
+        timeout: Seconds to wait for each stage.
+        patience: Seconds to wait at most, before a round, for `population` clients to be connected.
+
+    Raises:
+        InputError: The ledger was made for another kind of round, or dropouts meet amplification.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        parameters: Parameters,
+        ledger: PrivacyLedger,
+        *,
+        population: int,
+        sampling_rate: float = 1.0,
+        dropouts: float = 0.0,
+        timeout: float = 600.0,
+        patience: float = 30.0,
+    ) -> None:
+        if (
+            ledger.round_privacy != parameters.round_privacy
+            or sampling_rate != ledger.round_privacy.sampling_rate
+        ):
+            raise InputError("the ledger was made for another kind of round", field="ledger")
+        if not 0 <= dropouts < 0.5:
+            raise InputError("a share in 0..0.5", field="dropouts", value=dropouts)
+        if dropouts > 0 and ledger.round_privacy.effective_rate < 1:
+            raise InputError(
+                "amplification by sampling is proved for one constant total noise; with dropouts it varies. "
+                "Use dropouts=0 (a dropout then gives up the round), or account with observer='server'",
+                field="dropouts",
+                value=dropouts,
+            )
+        self.inner, self.parameters, self.ledger = inner, parameters, ledger
+        self.population, self.sampling_rate, self.dropouts = population, sampling_rate, dropouts
+        self.timeout, self.patience = timeout, patience
+        self.finished: list[tuple[str, ...]] = []
+        """Names of the clients in each round's sum: known to the server, not for release."""
+
+    def summary(self) -> None:
+        """Log what is wrapped."""
+        self.inner.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: "Grid"
+    ) -> Iterable[Message]:
+        """Charge the ledger, run the first three stages, and return the messages of the fourth."""
+        self._arrays = arrays
+        self._server: Aggregator | None = None
+        drawn = self._draw(grid)
+        if len(drawn) < 3:
+            warnings.warn(
+                f"round {server_round}: only {len(drawn)} clients drawn, none is asked", stacklevel=2
+            )
+            return []
+        self.ledger.charge()
+        least = max(2, len(drawn) - int(self.dropouts * len(drawn)))
+        self._start(server_round, drawn, least)
+        keys = self._exchange(grid, "keys", drawn, lambda name: {})
+        for name, answer in keys.items():
+            self._aggregator.receive_keys(
+                PublicKeys(name, bytes.fromhex(answer["encryption"]), bytes.fromhex(answer["masking"]))
+            )
+        public = {name: (a["encryption"], a["masking"]) for name, a in keys.items()}
+        for name, answer in self._exchange(
+            grid, "shares", self._ids(keys), lambda name: {"keys": public}
+        ).items():
+            self._aggregator.receive_shares(name, {n: bytes.fromhex(share) for n, share in answer.items()})
+        masked = self._exchange(
+            grid,
+            "masked",
+            self._ids(self._aggregator.sharers),
+            lambda name: {
+                "shares": {n: s.hex() for n, s in self._aggregator.mail(name).items()},
+                "mechanism": asdict(self._mechanism),
+            },
+            {"arrays": arrays, "config": config},
+        )
+        for name, answer in masked.items():
+            self._aggregator.receive_masked(name, bytes.fromhex(answer["packed"]))
+        finished = sorted(self._aggregator.finished)
+        return self._messages("unmasking", self._ids(finished), lambda name: {"finished": finished})
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Unmask the sum, decode the mean, and let the wrapped strategy apply it.
+
+        Raises:
+            AggregationAborted: Too few clients finished; the round's budget stays charged.
+        """
+        if self._server is None:
+            return None, None
+        sources = []
+        for message in replies:
+            sources.append(message)
+            if not message.has_error():
+                answer = _unpack(message.content)
+                parts = {
+                    kind: {n: (index, bytes.fromhex(share)) for n, (index, share) in answer[kind].items()}
+                    for kind in ("self_masks", "mask_keys")
+                }
+                self._aggregator.receive_unmasking(Unmasking(str(message.metadata.src_node_id), **parts))
+        if not sources:
+            raise AggregationAborted("no client finished")
+        total = self._aggregator.result()
+        self.finished.append(tuple(sorted(self._aggregator.finished)))
+        change = self._mechanism.decode(total, count=self.sampling_rate * self.population)
+        content = RecordDict(
+            {
+                "arrays": unflatten(flatten(self._arrays) + change, self._arrays),
+                "metrics": MetricRecord({"num-examples": 1.0}),
+            }
+        )
+        template = next(iter(sources))
+        template.content = content
+        return self.inner.aggregate_train(server_round, [template])
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: "Grid"
+    ) -> Iterable[Message]:
+        """Ask nobody: clients' metrics are private. Evaluate on the server, `start(evaluate_fn=...)`."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing: see `configure_evaluate`."""
+        return None
+
+    def _draw(self, grid: "Grid") -> list[int]:
+        """Return the clients of a round: each one that is connected flips its own coin."""
+        end = time.monotonic() + self.patience
+        while len(nodes := sorted(grid.get_node_ids())) < self.population and time.monotonic() < end:
+            time.sleep(0.5)
+        coins = IntegerReader(secure_source())
+        return [node for node in nodes if coins.below(1 << 53) < self.sampling_rate * (1 << 53)]
+
+    def _start(self, server_round: int, drawn: list[int], least: int) -> None:
+        found = self.parameters
+        dim = sum(array.numpy().size for array in self._arrays.values())
+        self._mechanism = SkellamMixture(
+            dim,
+            found.round_privacy.clip,
+            found.scale,
+            found.modulus_bits,
+            found.mu_total,
+            least,
+            found.coordinate_bound,
+            found.round_privacy.accounting,
+            rotation_seed=IntegerReader(secure_source()).below(2**31),
+        )
+        names = tuple(str(node) for node in drawn)
+        threshold = (len(names) - 1) // 2 + 1
+        plan = AggregationPlan(
+            names, self._mechanism.padded_dim, found.modulus_bits, threshold, f"{server_round}", None, least
+        )
+        self._server = Aggregator(plan)
+
+    @property
+    def _aggregator(self) -> Aggregator:
+        assert self._server is not None
+        return self._server
+
+    @staticmethod
+    def _ids(names: Iterable[str]) -> list[int]:
+        return [int(name) for name in names]
+
+    def _messages(
+        self, stage: str, nodes: Iterable[int], order: Callable[[str], dict], records: dict | None = None
+    ) -> list[Message]:
+        plan = asdict(self._aggregator.plan)
+        return [
+            Message(
+                content=RecordDict(
+                    {
+                        **(records or {}),
+                        _RECORD: _pack({"stage": stage, "plan": plan, "name": str(node)} | order(str(node))),
+                    }
+                ),
+                dst_node_id=node,
+                message_type=MessageType.TRAIN,
+            )
+            for node in nodes
+        ]
+
+    def _exchange(
+        self,
+        grid: "Grid",
+        stage: str,
+        nodes: list[int],
+        order: Callable[[str], dict],
+        records: dict | None = None,
+    ) -> dict[str, Any]:
+        """Send a stage to clients; return the answers of those who gave one, the others dropped out."""
+        replies = grid.send_and_receive(self._messages(stage, nodes, order, records), timeout=self.timeout)
+        return {str(r.metadata.src_node_id): _unpack(r.content) for r in replies if not r.has_error()}

@@ -1,0 +1,102 @@
+"""The privacy ledger: a file that remembers what was spent, and stops a release that would spend too much."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from shared_core import InputError
+from shared_core.files import write_json
+from smm_dp.calibration import check_budget
+from smm_dp.privacy import Accountant, RoundPrivacy
+from smm_dp.rdp import Guarantee
+
+
+class BudgetExceeded(RuntimeError):
+    """The next release would exceed the privacy budget; it was not made, and nothing was charged."""
+
+
+class PrivacyLedger:
+    """An accountant with a budget, kept in a file.
+
+    `charge` is called *before* a release. It writes the file, to disk, and returns; a process that is killed
+    afterwards has paid for a release that nobody may have seen, never the other way round.
+
+    Args:
+        path: The file; a missing one is started, an existing one is resumed. None keeps it in memory.
+        epsilon: Budget of all releases together.
+        delta: Budget.
+        round_privacy: The kind of round that will be charged; a resumed ledger must have been opened for
+            the same.
+
+    Raises:
+        InputError: The budget is impossible, the file is not a ledger, or was made for other parameters.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None, epsilon: float, delta: float, round_privacy: RoundPrivacy
+    ) -> None:
+        check_budget(epsilon, delta)
+        self.path = None if path is None else Path(path)
+        self.epsilon, self.delta, self.round_privacy = epsilon, delta, round_privacy
+        self.accountant = Accountant()
+        if self.path is not None and self.path.exists():
+            self.accountant = Accountant.from_state(self._read()["history"])
+
+    @property
+    def rounds(self) -> int:
+        """Number of releases charged so far."""
+        return sum(rounds for _, rounds in self.accountant.history)
+
+    def spent(self) -> Guarantee:
+        """Return what all releases so far cost."""
+        return self.accountant.guarantee(
+            self.delta, warn=False
+        )  # early on, far below the budget, no order is tight
+
+    def charge(self, rounds: int = 1) -> Guarantee:
+        """Charge releases that are about to be made; return what all cost then.
+
+        Raises:
+            BudgetExceeded: They would exceed the budget; the release must not be made.
+        """
+        after = self.accountant.guarantee(self.delta, also=[(self.round_privacy, rounds)], warn=False)
+        if after.epsilon > self.epsilon:
+            spent = self.spent()
+            raise BudgetExceeded(
+                f"stopped before release {self.rounds + 1}: epsilon would be {after.epsilon:.4f}, "
+                "the budget is "
+                f"{self.epsilon:g} at delta {self.delta:g} ({spent.epsilon:.4f} spent in "
+                f"{self.rounds} releases)"
+            )
+        self.accountant.add(self.round_privacy, rounds)
+        if self.path is not None:
+            write_json(self.path, self._parameters() | {"history": self.accountant.state()})
+        return after
+
+    def _parameters(self) -> dict:
+        return {
+            "format": "smm-dp privacy ledger 1",
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "round": asdict(self.round_privacy),
+        }
+
+    def _read(self) -> dict:
+        try:
+            data = json.loads(self.path.read_text()) if self.path else {}
+        except json.JSONDecodeError as error:
+            raise InputError(f"is not a privacy ledger: {error}", file=self.path) from error
+        if not isinstance(data, dict) or "history" not in data:
+            raise InputError("is not a privacy ledger: it has no history", file=self.path)
+        for key, value in self._parameters().items():
+            if data.get(key) != value:
+                raise InputError(
+                    f"the ledger was made for {data.get(key)}; start a new one, whose budget then "
+                    "comes on top, or "
+                    "resume with the same parameters",
+                    file=self.path,
+                    field=key,
+                    value=value,
+                )
+        return data

@@ -1,0 +1,43 @@
+"""The examples in docstrings run and give what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import smm_dp
+
+HEAVY = {"smm_dp.cli", "smm_dp.proof", "smm_dp.flower"}
+MODULES = [m.name for m in pkgutil.iter_modules(smm_dp.__path__, "smm_dp.") if m.name not in HEAVY]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_importing_the_package_is_light():
+    import subprocess
+    import sys
+
+    heavy = "('torch', 'opacus', 'flwr', 'dp_accounting')"
+    code = f"import sys, smm_dp; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
+
+
+def test_the_readme_example_runs():
+    from pathlib import Path
+
+    text = Path(__file__).parents[1].joinpath("README.md").read_text()
+    block = text.split("```python")[1].split("```")[0]
+    scope: dict = {}
+    exec(block, scope)
+    assert scope["payload"].shape == (1024,)
+    assert scope["payload"].max() < 2 ** scope["mechanism"].modulus_bits

@@ -1,0 +1,155 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_core import InputError
+from smm_dp import Accountant, AccountingWarning, RoundPrivacy, honest_mu
+from smm_dp.divergence import exact_rdp, log_mixture, renyi_divergence
+from smm_dp.skellam import log_pmf
+
+README = {"clip": 4096.0, "mu": 240 * 5.95, "coordinate_bound": 4, "sampling_rate": 0.004}
+
+
+def test_accountant_gives_the_official_value_at_the_integer_bound():
+    accountant = Accountant()
+    accountant.add(RoundPrivacy(**README), rounds=1000)
+    spent = accountant.guarantee(1e-5)
+    assert (round(spent.epsilon, 6), spent.order) == (2.998798, 5)
+
+
+def test_orders_outside_the_conditions_are_not_used():
+    """At the official bound 4.73, which rounds to 5, order 5 has no proof: the next best one is reported."""
+    accountant = Accountant()
+    accountant.add(RoundPrivacy(**(README | {"coordinate_bound": 4.73})), rounds=1000)
+    spent = accountant.guarantee(1e-5)
+    assert spent.order == 4
+    assert spent.epsilon > 2.998798
+
+
+def test_rounds_add_up_whatever_their_grouping():
+    one, other = RoundPrivacy(**README), RoundPrivacy(**(README | {"accounting": "numeric"}))
+    a, b = Accountant(), Accountant()
+    a.add(one, 7)
+    a.add(other, 3)
+    for kind in (one,) * 4 + (one,) * 3 + (other,) * 3:
+        b.add(kind)
+    assert a.guarantee(1e-5) == b.guarantee(1e-5)
+    assert a.history == b.history
+    assert Accountant.from_state(a.state()).guarantee(1e-5) == a.guarantee(1e-5)
+    np.testing.assert_allclose(a.rdp(), 7 * one.rdp(128) + 3 * other.rdp(128))
+
+
+def test_numeric_is_less_than_paper_and_above_gaussian():
+    numeric = RoundPrivacy(**(README | {"accounting": "numeric"})).rdp(20)
+    paper = RoundPrivacy(**README).rdp(20)
+    assert (numeric[:4] < paper[:4]).all()
+    from smm_dp.rdp import poisson_sampled
+
+    gaussian = poisson_sampled(np.arange(2, 21) * 4096 / (4 * README["mu"]), 0.004)
+    assert (numeric >= gaussian).all()
+    assert (numeric[:6] <= gaussian[:6] * 1.01).all()
+
+
+def test_a_server_that_knows_who_takes_part_gets_no_amplification():
+    seen = RoundPrivacy(**(README | {"observer": "server"}))
+    np.testing.assert_array_equal(seen.rdp(9), RoundPrivacy(**(README | {"sampling_rate": 1.0})).rdp(9))
+
+
+@given(st.floats(2, 300), st.floats(-2, 2), st.floats(-2, 2), st.integers(2, 12))
+def test_replace_one_is_covered_in_both_modes(mu, x, y, order):
+    """Two neighbours with vectors x and y, exact divergence of the two mixtures."""
+    a, _ = log_mixture(x, mu, 100)
+    b, _ = log_mixture(y, mu, 100)
+    width = min(len(a), len(b)) // 2
+    a, b = (v[len(v) // 2 - width : len(v) // 2 + width + 1] for v in (a, b))
+    exact = renyi_divergence(a, b, order)
+    from smm_dp import second_moment
+
+    numeric = RoundPrivacy(max(x * x, y * y, 1e-6), mu, 2, "numeric", adjacency="replace-one")
+    assert exact <= numeric.rdp(order)[-1] * (1 + 1e-9)
+    clip = max(float(second_moment(np.array([v]))[0]) for v in (x, y))
+    if clip > 0:
+        from smm_dp.rdp import paper_order_allowed, paper_rdp
+
+        if paper_order_allowed(order, mu, 4):
+            paper = RoundPrivacy(clip, mu, 2, "paper", adjacency="replace-one")
+            assert paper.rdp(order)[-1] == paper_rdp(order, 4 * clip, mu)
+            assert exact <= paper.rdp(order)[-1]
+
+
+def test_replace_one_checks_the_conditions_at_twice_the_bound():
+    mu = 240 * 5.95
+    rdp = RoundPrivacy(4096.0, mu, 4, adjacency="replace-one").rdp(8)
+    assert np.isfinite(rdp).tolist() == [4 * mu / ((a - 1) * (10.9 * a + 9.1)) >= 8**2 for a in range(2, 9)]
+
+
+def test_leaving_noise_is_not_covered_by_one_participant_less():
+    """Why add-remove with fixed shares is refused: at x = 0 any K·x² is 0, but the laws differ."""
+    n, each = 10, 2.0
+    with_noise, without = log_pmf(n * each, 400), log_pmf((n - 1) * each, 400)
+    z = np.abs(np.arange(-300, 301))
+    per_coordinate = renyi_divergence(with_noise[z], without[z], 8)
+    assert per_coordinate > 0.01
+    assert 65536 * per_coordinate > 100 * exact_rdp(1.0, (n - 1) * each, 8)[0]
+    with pytest.raises(InputError, match="betray an absent participant"):
+        RoundPrivacy(1.0, 18.0, 1, adjacency="add-remove", noise_share="fixed-each")
+    RoundPrivacy(1.0, 18.0, 1, adjacency="add-remove")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"adjacency": "replace-one"}, "zero-out and add-remove adjacency only"),
+        ({"noise_share": "fixed-each"}, "same total noise"),
+        ({"sampling_rate": 0.0}, "sampling rate"),
+        ({"sampling_rate": 1.1}, "sampling rate"),
+        ({"mu": 0.0}, "mu"),
+        ({"clip": math.inf}, "clip"),
+        ({"coordinate_bound": -1.0}, "coordinate_bound"),
+    ],
+)
+def test_what_has_no_proof_is_refused(change, text):
+    with pytest.raises(InputError, match=text):
+        RoundPrivacy(**(README | change))
+
+
+@pytest.mark.parametrize("field", ["adjacency", "observer", "accounting", "noise_share"])
+def test_words_that_are_no_choice_are_refused(field):
+    kind = RoundPrivacy(**README)
+    object.__setattr__(kind, field, "nobody")  # past the tests' own type checks
+    with pytest.raises(InputError, match="expected one of"):
+        kind.__post_init__()
+
+
+def test_a_history_of_something_else_is_refused():
+    with pytest.raises(InputError, match="not an entry"):
+        Accountant.from_state([{"rounds": 3}])
+    with pytest.raises(InputError, match="at least 1"):
+        Accountant().add(RoundPrivacy(**README), 0)
+
+
+def test_edge_of_the_orders_warns():
+    accountant = Accountant()
+    accountant.add(RoundPrivacy(1.0, 1e6, 1, sampling_rate=0.001))
+    with pytest.warns(AccountingWarning, match="largest one tried"):
+        accountant.guarantee(1e-5)
+
+
+def test_an_empty_history_costs_nothing():
+    assert Accountant().guarantee(1e-5).epsilon == 0
+
+
+def test_numeric_accounting_is_labelled_in_the_assumptions():
+    text = " ".join(RoundPrivacy(**(README | {"accounting": "numeric"})).assumptions())
+    assert "derived in this project, not peer-reviewed" in text
+    assert "not who took part" in text
+    assert "no amplification" in " ".join(RoundPrivacy(**(README | {"observer": "server"})).assumptions())
+
+
+def test_honest_noise_counts_survivors_who_do_not_collude():
+    assert honest_mu(2.0, 10, dropouts=3, colluders=2) == 10.0
+    with pytest.raises(InputError, match="no honest participant"):
+        honest_mu(2.0, 5, dropouts=3, colluders=2)
