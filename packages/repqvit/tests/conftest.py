@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 # Shapes and types that annotations state are checked in every call. Installed before any test imports it.
 install_import_hook("repqvit", "beartype.beartype")
 
-# The models here are tiny: more threads only wait for one another, for seconds where other work fills the cores.
+# The models here are tiny: more threads only wait for one another, long where other work fills the cores.
 torch.set_num_threads(1)
 
 # The machines that run the tests are shared and slow at times: no law here is about speed.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from repqvit.quantized import QuantizedModel, quantize
     from repqvit.recipes import RECIPES, Recipe
     from repqvit.reparameterize import reparameterize_layernorm
+    from repqvit.torchao_export import to_torchao
 
 __all__ = [
     "quantize",
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate",
     "compare",
     "export_onnx",
+    "to_torchao",
     "Recipe",
     "RECIPES",
     "reparameterize_layernorm",
@@ -37,6 +39,7 @@ _HOME = {
     "evaluate": "evaluation",
     "compare": "evaluation",
     "export_onnx": "onnx_export",
+    "to_torchao": "torchao_export",
     "Recipe": "recipes",
     "RECIPES": "recipes",
     "reparameterize_layernorm": "reparameterize",
