@@ -124,8 +124,9 @@ def analytic_gaussian_sd(epsilon: float, delta: float, l2: float) -> float:
 def cpsgd_epsilon(trials: int, delta: float, dim: int, l2: float, l1: float, linf: float) -> float:
     """Return epsilon of one release with noise Bin(N, 1/2) − N/2 (Agarwal et al. 2018, theorem 1).
 
-    The theorem's text was not at hand; constants and condition agree with two independent public
-    implementations of it. Infinite where its condition N/4 ≥ max(23 log(10d/δ), 2Δ∞) fails.
+    Unverified: the theorem's own text was not opened. Constants and condition are those of a public
+    implementation, of which several copies circulate that hardly differ, so they do not confirm one
+    another. Infinite where the condition N/4 ≥ max(23 log(10d/δ), 2Δ∞) fails.
 
     Args:
         trials: N of the summed noise; its variance is N/4.
