@@ -132,7 +132,10 @@ def job(out, **changes):
 
 def test_a_killed_run_resumes_to_the_same_model_and_never_forgets_a_release(tmp_path):
     """A process is killed between charging and finishing; the rest equals an uninterrupted run."""
-    whole = list(train(job(tmp_path / "whole"), resume=False))[-1]
+    x, y = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 3
+    data = tmp_path / "d.npz"
+    np.savez(data, x_train=x.numpy(), y_train=y.numpy(), x_test=x.numpy(), y_test=y.numpy())
+    whole = list(train(job(tmp_path / "whole", data=data), resume=False))[-1]
     code = f"""
 import os, sys
 from pathlib import Path
@@ -143,13 +146,13 @@ def killing(*args, **kwargs):
     return lambda number, rows: os._exit(9) if number == 4 else inner(number, rows)
 runner.training_release = killing
 out = Path({str(tmp_path / "killed")!r})
-job = runner.TrainingJob(out, None, "smm-dp-numeric", 3.0, 1e-4, 16.0, 8, 0.06, 6, 8, 0.01, 1)
+job = runner.TrainingJob(out, Path({str(data)!r}), "smm-dp-numeric", 3.0, 1e-4, 16.0, 8, 0.06, 6, 8, 0.01, 1)
 list(runner.train(job, resume=False))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     history = json.loads((tmp_path / "killed" / "ledger.json").read_text())["history"]
     assert history[0]["rounds"] == 5  # the fifth was charged, and its result never seen
-    lines = list(train(job(tmp_path / "killed"), resume=True))
+    lines = list(train(job(tmp_path / "killed", data=data), resume=True))
     assert lines[0] == "resumed after round 4"
     kept = json.loads((tmp_path / "killed" / "ledger.json").read_text())["history"]
     assert kept[0]["rounds"] == 6

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -87,14 +88,20 @@ def discrete_gaussian_rdp(
     A sum of discrete Gaussians is not one; t bounds how far it is from it.
     """
     sd = math.sqrt(participants * variance_each)
-    k = np.arange(1, participants)
-    t = 10 * float(np.exp(-2 * math.pi**2 * variance_each * k / (k + 1)).sum())
+    t = _gap_of_the_sum(variance_each, participants)
     two, one = l2 / sd, l1 / sd
     return min(
         order * two**2 / 2 + t * dim,
         order / 2 * (two**2 + 2 * one * t + t**2 * dim),
         order / 2 * (two + math.sqrt(dim) * t) ** 2,
     )
+
+
+@lru_cache(maxsize=8)  # asked for at every order
+def _gap_of_the_sum(variance_each: float, participants: int) -> float:
+    """Return t, which bounds how far a sum of discrete Gaussians is from one discrete Gaussian."""
+    k = np.arange(1, participants)
+    return 10 * float(np.exp(-2 * math.pi**2 * variance_each * k / (k + 1)).sum())
 
 
 def gaussian_rdp(order: int, l2: float, sd: float) -> float:

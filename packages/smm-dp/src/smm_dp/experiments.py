@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -33,6 +34,7 @@ class Setting:
     l2_norm: float = 1.0
 
 
+@lru_cache(maxsize=512)  # a calibration each; seeds and numbers of bits share it
 def build(
     method: Method, scale: float, bits: int, setting: Setting, rotation_seed: int = 0
 ) -> SkellamMixture | RoundedMechanism:

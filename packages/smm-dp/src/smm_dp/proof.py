@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 SOURCE = "Bao et al., Skellam Mixture Mechanism, PVLDB 15(11), 2022 (arXiv 2212.04371)"
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 SUMS = Setting(epsilon=8.0, delta=1e-5, dim=4096, participants=200)
+QUICK_SUMS = Setting(epsilon=8.0, delta=1e-5, dim=1024, participants=60)
+SPHERE = {False: (65536, 100), True: (1024, 20)}
+"""Dimension and number of the vectors on the sphere; smaller in a shortened run."""
 TRAINING_SCALES: dict[str, dict[int, float]] = {
     # the best of 8, 16 and 32 in accuracy on seeds 100 and 101, which are not among the proof's
     "smm-dp": {7: 16.0, 8: 32.0},
@@ -54,10 +57,11 @@ def run_proof(out: Path, seeds: Sequence[int], quick: bool) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    sums, (sphere_dim, sphere_count) = (QUICK_SUMS if quick else SUMS), SPHERE[quick]
     data = {
         "sums": (
-            "generated: 200 coherent unit vectors in 4096 dimensions; 100 vectors uniform on the "
-            "sphere in 65536"
+            f"generated: {sums.participants} coherent unit vectors in {sums.dim} dimensions; "
+            f"{sphere_count} vectors uniform on the sphere in {sphere_dim}"
         ),
         "training": "scikit-learn's handwritten digits (1797 images of 8x8 pixels, 80/20 split by seed)",
         "unit": "one record is one participant",
@@ -137,15 +141,16 @@ def prove_accounting(run: ProofRun) -> None:
 def prove_sums(run: ProofRun, seeds: Sequence[int], quick: bool, progress: "Progress") -> None:
     """Part B: error of a sum against bits on coherent data, and against epsilon on the paper's data."""
     scales = SCALES[2:5:2] if quick else SCALES
+    setting = QUICK_SUMS if quick else SUMS
     widths = range(5, 17)
     methods: tuple[Method, ...] = (*INTEGER_METHODS, "cpsgd")
     task = progress.add_task("sums", total=len(methods) * len(scales) * len(seeds))
 
     def vectors(seed: int) -> np.ndarray:
-        return coherent_vectors(SUMS.participants, SUMS.dim, seed)
+        return coherent_vectors(setting.participants, setting.dim, seed)
 
     points = measure_sums(
-        SUMS,
+        setting,
         vectors,
         methods=methods,
         scales=scales,
@@ -153,8 +158,8 @@ def prove_sums(run: ProofRun, seeds: Sequence[int], quick: bool, progress: "Prog
         seeds=seeds,
         tick=lambda: progress.advance(task),
     )
-    gaussian = measure_gaussian_sums(SUMS, vectors, seeds)
-    width = deciding_bits(SUMS, scales)
+    gaussian = measure_gaussian_sums(setting, vectors, seeds)
+    width = deciding_bits(setting, scales)
     for method in methods:
         for point in best_scale(points, method, width):
             for metric in ("nmse", "cosine", "slope"):
@@ -188,7 +193,7 @@ def prove_sums(run: ProofRun, seeds: Sequence[int], quick: bool, progress: "Prog
         if flips
         else "Skellam had the smaller error at no number of bits tried."
     )
-    _draw_bits(run, table, float(np.mean([errors["nmse"] for errors in gaussian])), width)
+    _draw_bits(run, setting, table, float(np.mean([errors["nmse"] for errors in gaussian])), width)
     _paper_curves(run, quick)
 
 
@@ -220,12 +225,13 @@ def _mean(run: ProofRun, method: str, metric: str) -> float:
     return float(np.mean(run.methods[method][metric]))
 
 
-def _draw_bits(run: ProofRun, table: dict[str, list[dict]], gaussian: float, width: int) -> None:
+def _draw_bits(
+    run: ProofRun, setting: Setting, table: dict[str, list[dict]], gaussian: float, width: int
+) -> None:
     from shared_core.plot import figure, save
 
-    picture, axes = figure(
-        1, 2, height=560, title="Error of a private sum (200 vectors, d = 4096, epsilon 8)"
-    )
+    title = f"Error of a private sum ({setting.participants} vectors, d = {setting.dim}, epsilon 8)"
+    picture, axes = figure(1, 2, height=560, title=title)
     for (metric, label), axis in zip(
         (("nmse", "NMSE (1: answer zero)"), ("cosine", "cosine")), axes, strict=True
     ):
@@ -245,7 +251,7 @@ def _paper_curves(run: ProofRun, quick: bool) -> None:
     """Error against epsilon at the paper's settings, one seed: n=100 on the sphere, d=65536."""
     from shared_core.plot import COLOURS, figure, save
 
-    dim, count = (4096, 50) if quick else (65536, 100)
+    dim, count = SPHERE[quick]
     widths = (6, 8, 10, 14)
     epsilons = (8.0,) if quick else (1.0, 3.0, 8.0)
     methods: tuple[Method, ...] = ("smm-dp", "skellam", "ddgauss")
