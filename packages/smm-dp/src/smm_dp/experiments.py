@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -14,8 +14,8 @@ from smm_dp.baselines import RoundedMechanism, calibrate_baseline
 from smm_dp.calibration import calibrate
 from smm_dp.mechanism import SkellamMixture
 from smm_dp.randomness import seeded_source
-from smm_dp.simulation import SimulatedSum, gaussian_sum, noisy_total, read_total, simulate_sum, sum_errors
-from smm_dp.training import Release
+from smm_dp.simulation import SimulatedSum, gaussian_sum, noisy_total, read_total, sum_errors
+from smm_dp.training import Release, seeded_release
 
 Method = Literal["smm-dp", "smm-dp-numeric", "skellam", "ddgauss", "cpsgd", "gaussian", "none"]
 INTEGER_METHODS: tuple[Method, ...] = ("smm-dp", "smm-dp-numeric", "skellam", "ddgauss")
@@ -191,10 +191,4 @@ def training_release(
     if method == "gaussian":
         sd, generator = gaussian_sd(setting), np.random.default_rng([seed, 11])
         return lambda number, rows: gaussian_sum(rows, setting.l2_norm, sd, generator)
-    mechanism = build(method, scale, bits, setting)
-
-    def release(number: int, rows: Float[np.ndarray, "n dim"]) -> SimulatedSum:
-        turned = replace(mechanism, rotation_seed=(seed << 20) + number)
-        return simulate_sum(turned, rows, seeded_source((seed << 20) + number, f"training/{method}"))
-
-    return release
+    return seeded_release(build(method, scale, bits, setting), seed, f"training/{method}")

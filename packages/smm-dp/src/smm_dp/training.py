@@ -6,7 +6,7 @@ flips (Poisson sampling), sum their clipped gradients through a mechanism and di
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +16,29 @@ from jaxtyping import Float, Float64
 
 from shared_core import InputError
 from shared_core.files import atomic_path
+from smm_dp.baselines import RoundedMechanism
 from smm_dp.ledger import BudgetExceeded, PrivacyLedger
-from smm_dp.simulation import SimulatedSum
+from smm_dp.mechanism import SkellamMixture
+from smm_dp.randomness import seeded_source
+from smm_dp.simulation import SimulatedSum, simulate_sum
 
 if TYPE_CHECKING:
     import torch
 
 Release = Callable[[int, Float[np.ndarray, "n dim"]], SimulatedSum]
 """(round, vectors of those who take part) -> their estimated sum."""
+
+
+def seeded_release(
+    mechanism: SkellamMixture | RoundedMechanism, seed: int, purpose: str = "training"
+) -> Release:
+    """Return a simulated release: a fresh public rotation every round, and noise from a seed."""
+
+    def release(number: int, rows: Float[np.ndarray, "n dim"]) -> SimulatedSum:
+        turned = replace(mechanism, rotation_seed=(seed << 20) + number)
+        return simulate_sum(turned, rows, seeded_source((seed << 20) + number, purpose))
+
+    return release
 
 
 def per_sample_gradients(
