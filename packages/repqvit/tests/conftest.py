@@ -24,6 +24,13 @@ settings.register_profile("house", deadline=None, max_examples=25, derandomize=T
 settings.load_profile("house")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # torchao 0.18 has unescaped backslashes in docstrings, of which Python warns when it compiles them: in a
+    # new environment at the first import, which may be that of transformers. May go when torchao has none.
+    for category in ("DeprecationWarning", "SyntaxWarning"):  # the latter from Python 3.12 on
+        config.addinivalue_line("filterwarnings", f"ignore:.*invalid escape sequence:{category}")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

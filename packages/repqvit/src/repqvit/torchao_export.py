@@ -7,6 +7,7 @@ torchao multiplies int8 activations by int8 weights, with one scale and zero poi
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -23,18 +24,23 @@ _OFFSET = 128  # codes are 0..255 here and -128..127 in torchao
 
 
 def to_torchao(quantized_model: QuantizedModel) -> nn.Module:
-    """Turn a W8A8 model into one whose linear layers run in torchao's int8 kernels.
+    """Turn a model with 8-bit activations into one whose linear layers run in torchao's int8 kernels.
 
     Everything else is floating point: the patch embedding has its dequantized weight, and attention is the
     host's own `scaled_dot_product_attention` on unquantized operands. `torch.compile` fuses the activation
     quantization into the kernels around it.
 
     Args:
-        quantized_model: of `quantize(model, images, Recipe(w_bits=8, a_bits=8, weight_scheme="symmetric"))`;
-            left unchanged.
+        quantized_model: of `quantize(model, images, Recipe(w_bits=8, a_bits=8, weight_scheme="symmetric"))`,
+            or with fewer w_bits, which are stored in 8; left unchanged.
 
     Returns:
         A model called like the original.
+
+    Warns:
+        UserWarning: for 8-bit weights on an x86 processor without VNNI instructions. Products are added there
+            in pairs, in 16 bits: 255 (127 + 127) does not fit, and the outputs are far off; with weights of 7
+            bits 255 (64 + 64) does fit, and they are exact everywhere.
 
     Raises:
         InputError: torchao is missing; weights have zero points, which its kernel ignores; activations are
@@ -43,7 +49,7 @@ def to_torchao(quantized_model: QuantizedModel) -> nn.Module:
     Example:
         >>> import timm, torch, repqvit
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10, img_size=32).eval()
-        >>> recipe = repqvit.Recipe(w_bits=8, a_bits=8, weight_scheme="symmetric")
+        >>> recipe = repqvit.Recipe(w_bits=7, a_bits=8, weight_scheme="symmetric")
         >>> fast = to_torchao(repqvit.quantize(model, torch.randn(8, 3, 32, 32), recipe))
         >>> fast(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
@@ -61,7 +67,24 @@ def to_torchao(quantized_model: QuantizedModel) -> nn.Module:
         elif isinstance(module, AttentionQuantizers):
             for quantizer in (module.query, module.key, module.softmax, module.value):
                 quantizer.state = "off"
+    layers = [module for module in quantized_model.modules() if isinstance(module, QuantLinear)]
+    if any(layer.quantized.bits == 8 for layer in layers) and _saturates(layers[0].weight.device):
+        warnings.warn(
+            "int8 products saturate on this processor (x86 without VNNI instructions): with 8-bit weights "
+            "the outputs will be wrong here; quantize with w_bits=7, or run the model elsewhere",
+            stacklevel=2,
+        )
     return model
+
+
+def _saturates(device: torch.device) -> bool:
+    """Whether the kernel that torchao calls on this machine adds pairs of products in 16 bits."""
+    from torchao.kernel import int_scaled_matmul
+
+    inner = 32
+    largest = torch.full((inner, inner), 127, dtype=torch.int8, device=device)
+    sums = int_scaled_matmul(largest, largest, torch.ones(1, 1, device=device))
+    return bool((sums != inner * 127**2).any())
 
 
 def _check(name: str, layer: QuantLinear) -> None:
