@@ -103,21 +103,23 @@ class SMMOptimizer(torch.optim.Optimizer):
         return [value for group in self.param_groups for value in group["params"]]
 
     @property  # a property, as in Opacus: there is one list of groups, the wrapped optimizer's
-    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's."""
         return self.original_optimizer.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def param_groups(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, groups: list[dict[str, Any]]
+    ) -> None:
         self.original_optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] as above
+    def state(self) -> Any:
         """The wrapped optimizer's."""
         return self.original_optimizer.state
 
     @state.setter
-    def state(self, state: Any) -> None:
+    def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride] as above
         self.original_optimizer.state = state
 
     @property
