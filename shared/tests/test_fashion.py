@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shared_core import InputError
-from shared_core.datasets import fashion_mnist
+from shared_core.datasets import fashion_mnist, idx_arrays
 from shared_core.datasets.fashion import DEBIAN_FOLDER
 
 
@@ -35,6 +35,15 @@ def test_packed_and_unpacked_files(folder):
     assert splits["train"].features["label"].int2str(splits["train"][1]["label"]) == "Trouser"
 
 
+def test_arrays_of_the_same_files(folder):
+    arrays = idx_arrays(folder)
+    images, labels = arrays["test"]
+    assert (images.shape, images.dtype, labels.tolist()) == ((2, 28, 28), np.uint8, [0, 1])
+    np.testing.assert_array_equal(arrays["train"][0], np.random.default_rng(0).integers(0, 256, (3, 28, 28)))
+    with pytest.raises(InputError, match=r"no train-images-idx3-ubyte, .*give the folder that has them"):
+        idx_arrays(folder / "elsewhere")
+
+
 def test_missing_files_are_named_with_the_package_that_has_them(folder):
     (folder / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(
@@ -46,8 +55,11 @@ def test_missing_files_are_named_with_the_package_that_has_them(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not an idx file of bytes with 1 dimensions"),
-        (idx(np.zeros((2, 2))), "is not an idx file of bytes with 1 dimensions"),
+        (b"", "is not an idx file of bytes with 1 dimensions: an empty file, expected 2049"),
+        (
+            idx(np.zeros((2, 2))),
+            "is not an idx file of bytes with 1 dimensions: magic number 2050, expected 2049",
+        ),
         (idx(np.arange(3))[:-1], "is cut short or too long: expected 3 bytes after the header, got 2"),
         (idx(np.arange(4)), "has 4 labels for 3 images"),
         (idx(np.array([0, 1, 10])), r"expected labels 0 to 9 \(got 10\)"),

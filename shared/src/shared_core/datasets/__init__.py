@@ -3,13 +3,14 @@
 Columns are alike: "image" gives a PIL image, "label" a class number with the class names in its feature.
 Nothing is downloaded and nothing is written to a cache: rows stay in memory, or name files that are opened
 when a row is read.
-Needs ``pip install 'shared-core[vision]'``.
+Needs ``pip install 'shared-core[vision]'``; only `idx_arrays`, which returns plain arrays, does not.
 """
 
 from shared_core.datasets.cifar import cifar10, cifar100
 from shared_core.datasets.embedded import digits, labelled_samples, mnist5k, photographs
 from shared_core.datasets.fashion import fashion_mnist
 from shared_core.datasets.folders import class_folders, image_folder
+from shared_core.datasets.idx import idx_arrays
 
 __all__ = [
     "cifar10",
@@ -17,6 +18,7 @@ __all__ = [
     "class_folders",
     "digits",
     "fashion_mnist",
+    "idx_arrays",
     "image_folder",
     "labelled_samples",
     "mnist5k",

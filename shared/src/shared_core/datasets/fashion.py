@@ -1,6 +1,5 @@
 """Fashion-MNIST from the files that Debian and Ubuntu package, or from the same files elsewhere."""
 
-import gzip
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared_core.datasets._rows import class_label, make_dataset, netpbm
-from shared_core.errors import InputError, needs_extra
+from shared_core.datasets.idx import idx_arrays
+from shared_core.errors import needs_extra
 
 if TYPE_CHECKING:
     import datasets
@@ -27,9 +27,6 @@ FASHION_CLASSES = (
 )
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
-_SPLITS = {"train": "train", "test": "t10k"}
-_IMAGES, _LABELS = 2051, 2049  # the magic numbers of idx files of bytes with three and with one dimension
-
 
 def fashion_mnist(path: str | os.PathLike[str] = DEBIAN_FOLDER) -> "datasets.DatasetDict":
     """Fashion-MNIST: splits train (60,000) and test (10,000), 28x28. Columns: image (grey), label.
@@ -42,58 +39,14 @@ def fashion_mnist(path: str | os.PathLike[str] = DEBIAN_FOLDER) -> "datasets.Dat
     """
     with needs_extra("vision"):
         from datasets import DatasetDict
-    folder = Path(path)
-    missing = [name for name in _file_names() if not any(_candidates(folder, name))]
-    if missing:
-        raise InputError(
-            f"there is no {', no '.join(missing)} (packed as .gz or not): "
-            "apt-get install dataset-fashion-mnist, or give the folder that has them",
-            file=folder,
-        )
-    return DatasetDict({split: _split(folder, stem) for split, stem in _SPLITS.items()})
+    arrays = idx_arrays(path, hint="apt-get install dataset-fashion-mnist, or give the folder that has them")
+    return DatasetDict({split: _rows(split, *pair) for split, pair in arrays.items()})
 
 
-def _split(folder: Path, stem: str) -> "datasets.Dataset":
-    pixels = _read_idx(next(_candidates(folder, f"{stem}-images-idx3-ubyte")), _IMAGES)
-    label_file = next(_candidates(folder, f"{stem}-labels-idx1-ubyte"))
-    labels = _read_idx(label_file, _LABELS)
-    if len(labels) != len(pixels):
-        raise InputError(f"has {len(labels)} labels for {len(pixels)} images", file=label_file)
-    if labels.size and labels.max() >= len(FASHION_CLASSES):
-        raise InputError("expected labels 0 to 9", file=label_file, value=int(labels.max()))
+def _rows(split: str, pixels: np.ndarray, labels: np.ndarray) -> "datasets.Dataset":
     return make_dataset(
         netpbm(pixels),
         {"label": labels.tolist()},
         features={"label": class_label(FASHION_CLASSES)},
-        about=f"Fashion-MNIST, {stem} files",
+        about=f"Fashion-MNIST, {split} files",
     )
-
-
-def _file_names() -> list[str]:
-    return [f"{stem}-{kind}-ubyte" for stem in _SPLITS.values() for kind in ("images-idx3", "labels-idx1")]
-
-
-def _candidates(folder: Path, name: str):
-    return (file for file in (folder / f"{name}.gz", folder / name) if file.is_file())
-
-
-def _read_idx(file: Path, magic: int) -> np.ndarray:
-    """Read an idx file: big-endian magic number (its last byte counts the dimensions), sizes, then bytes."""
-    data = file.read_bytes()
-    if file.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise InputError(f"is not a whole gzip file: {error}", file=file) from error
-    dimensions = magic % 256
-    header = np.frombuffer(data[: 4 * (1 + dimensions)], dtype=">u4")
-    if len(header) != 1 + dimensions or header[0] != magic:
-        raise InputError(f"is not an idx file of bytes with {dimensions} dimensions", file=file)
-    shape = tuple(int(size) for size in header[1:])
-    body = np.frombuffer(data, dtype=np.uint8, offset=header.nbytes)
-    if body.size != np.prod(shape):
-        raise InputError(
-            f"is cut short or too long: expected {np.prod(shape)} bytes after the header, got {body.size}",
-            file=file,
-        )
-    return body.reshape(shape)
