@@ -172,7 +172,9 @@ def simulate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help=".npz with x_train, y_train, x_test, y_test; digits of scikit-learn where left out"
+            help="folder with MNIST's idx files, torchvision's root of them, a saved Hugging Face "
+            "DatasetDict (image, label), or .npz with x_train, y_train, x_test, y_test; scikit-learn's "
+            "digits where left out"
         ),
     ] = None,
     method: Annotated[

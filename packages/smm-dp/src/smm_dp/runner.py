@@ -17,6 +17,7 @@ from smm_dp.ledger import PrivacyLedger
 from smm_dp.mechanism import Accounting, SkellamMixture
 from smm_dp.privacy import RoundPrivacy
 from smm_dp.randomness import secure_source
+from smm_dp.records import read_records
 from smm_dp.report import privacy_report, write_report
 from smm_dp.secure_aggregation import AggregationPlan, aggregate_in_process
 
@@ -190,21 +191,14 @@ def _load(job: TrainingJob) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
         from smm_dp.proof import digits_split
 
         return digits_split(job.seed)
-    try:
-        arrays = np.load(job.data, allow_pickle=False)
-    except ValueError as error:
-        raise InputError(f"is no .npz file: {error}", file=job.data) from error
-    missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
-    if missing:
-        raise InputError(f"lacks {', '.join(missing)}", file=job.data)
-    train, test = (
-        arrays[name].reshape(len(arrays[name]), -1).astype(np.float32) for name in ("x_train", "x_test")
-    )
-    for name, values in (("x_train", train), ("x_test", test)):
-        if not np.isfinite(values).all():
-            raise InputError("holds values that are not finite", file=job.data, field=name)
-    records = (torch.from_numpy(train), torch.from_numpy(arrays["y_train"].astype(np.int64)))
-    return *records, torch.from_numpy(test), torch.from_numpy(arrays["y_test"].astype(np.int64))
+    (records, classes), (test_records, test_classes) = read_records(job.data)
+    if test_records.shape[1] != records.shape[1]:
+        raise InputError(
+            f"training records have {records.shape[1]} values, test records {test_records.shape[1]}",
+            file=job.data,
+        )
+    training = torch.from_numpy(records), torch.from_numpy(classes)
+    return *training, torch.from_numpy(test_records), torch.from_numpy(test_classes)
 
 
 def train(job: TrainingJob, resume: bool) -> Iterator[str]:
