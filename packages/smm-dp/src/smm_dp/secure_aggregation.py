@@ -22,17 +22,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from jaxtyping import UInt32
 
 from shared_core import InputError
+from smm_dp.masks import combine_shares, derive, split_secret, uniform_mask
 from smm_dp.packing import check_bits, check_residues, pack_bits, unpack_bits
-from smm_dp.randomness import CipherSource, secure_source
-
-_HALF = 16  # pycryptodome's Shamir shares secrets of 16 bytes; keys and seeds have two halves
+from smm_dp.randomness import secure_source
 
 
 class AggregationAborted(RuntimeError):
@@ -120,34 +117,8 @@ class Unmasking:
     mask_keys: dict[str, tuple[int, bytes]]
 
 
-def _derive(secret: bytes, purpose: str) -> bytes:
-    return HKDF(hashes.SHA256(), 32, salt=None, info=b"smm-dp/" + purpose.encode()).derive(secret)
-
-
 def _mask(seed: bytes, plan: AggregationPlan, purpose: str) -> UInt32[np.ndarray, " d"]:
-    """Return uniform residues from a seed: the low bits of the smallest words that hold them."""
-    stream = CipherSource(_derive(seed, f"{purpose}/{plan.round_id}"), secure=True, label="mask")
-    width = 1 if plan.bits <= 8 else 2 if plan.bits <= 16 else 4
-    words = stream.octets(plan.length * width).view(f"<u{width}")
-    return words.astype(np.uint32) & np.uint32((1 << plan.bits) - 1)
-
-
-def _split(secret: bytes, threshold: int, count: int) -> list[bytes]:
-    from Crypto.Protocol.SecretSharing import Shamir
-
-    halves = [
-        Shamir.split(threshold, count, secret[start : start + _HALF], ssss=False) for start in (0, _HALF)
-    ]
-    return [low[1] + high[1] for low, high in zip(*halves, strict=True)]  # share i has the index i + 1
-
-
-def _combine(shares: list[tuple[int, bytes]]) -> bytes:
-    from Crypto.Protocol.SecretSharing import Shamir
-
-    return b"".join(
-        Shamir.combine([(index, share[start : start + _HALF]) for index, share in shares], ssss=False)
-        for start in (0, _HALF)
-    )
+    return uniform_mask(seed, f"{purpose}/{plan.round_id}", plan.length, plan.bits)
 
 
 class Participant:
@@ -182,7 +153,7 @@ class Participant:
         if len(self._keys) < self.plan.threshold:
             raise AggregationAborted(f"{self.name}: only {len(self._keys)} neighbours sent keys")
         secrets = self._masking.private_bytes_raw(), self._self_mask
-        parts = [_split(secret, self.plan.threshold, len(self._keys)) for secret in secrets]
+        parts = [split_secret(secret, self.plan.threshold, len(self._keys)) for secret in secrets]
         out = {}
         for index, (name, mask_key, self_mask) in enumerate(zip(self._keys, *parts, strict=True), start=1):
             plain = index.to_bytes(4, "big") + mask_key + self_mask
@@ -276,7 +247,7 @@ class Participant:
 
     def _channel(self, other: str) -> bytes:
         secret = self._encryption.exchange(X25519PublicKey.from_public_bytes(self._keys[other].encryption))
-        return _derive(secret, f"channel/{self.plan.round_id}")
+        return derive(secret, f"channel/{self.plan.round_id}")
 
 
 def _pair_mask(
@@ -371,7 +342,7 @@ class Aggregator:
             raise AggregationAborted(
                 f"{len(shares)} shares of {name} are too few, {self.plan.threshold} are needed"
             )
-        return _combine(shares[: self.plan.threshold])
+        return combine_shares(shares[: self.plan.threshold])
 
     @staticmethod
     def _check_sender(sender: str, seen: object, allowed: object) -> None:
