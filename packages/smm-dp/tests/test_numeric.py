@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared_core import InputError
 from smm_dp.divergence import exact_delta, exact_epsilon, exact_rdp, log_mixture, renyi_divergence
 from smm_dp.numeric import _grid, _MixtureSums, certified_rates
-from smm_dp.skellam import pmf_ratios
+from smm_dp.skellam import log_pmf, pmf_ratios
 
 mus = st.floats(math.log(0.3), math.log(5000)).map(math.exp)
 orders = st.integers(2, 24)
@@ -163,6 +163,19 @@ def test_sums_agree_with_fifty_digits():
             grid = np.array([x])
             moment = _MixtureSums(mu, max(1.0, x), order).moments(grid)[0][0, -1]
             assert math.log1p(moment) / (order - 1) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 5])
+def test_at_integers_the_sums_are_the_divergence_of_the_shifted_law(shift):
+    """Toy trap 17: no rounding there, so the mixture is Sk(mu) moved by an integer."""
+    mu, order = 30.0, 6
+    table, z = log_pmf(mu, 400), np.arange(-300, 301)
+    shifted = renyi_divergence(table[np.abs(z - shift)], table[np.abs(z)], order)
+    sums = _MixtureSums(mu, float(shift), order)
+    for moment in (
+        each[0, -1] for each in sums.moments(np.array([float(shift)]))[:2]
+    ):  # the law is symmetric
+        assert math.log1p(moment) / (order - 1) == pytest.approx(shifted, rel=1e-10)
 
 
 def test_one_order_too_high_to_certify_is_infinite_not_small():

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import numpy as np
@@ -160,6 +161,14 @@ def test_conversion_equals_the_formula_and_warns_of_the_edge():
 def test_impossible_delta_is_refused(delta):
     with pytest.raises(InputError, match="between 0 and 1"):
         to_epsilon([2], np.array([1.0]), delta)
+
+
+@pytest.mark.parametrize("order", [2.5, 1.0, 1.25])
+def test_fractional_orders_are_refused(order):
+    """Toy trap 11: the binomial formula is for integers; other grids have 1.25."""
+    plain = inspect.unwrap(to_epsilon)  # without the tests' own type checks, which refuse it as well
+    with pytest.raises(InputError, match="at integer orders of at least 2"):
+        plain([3, order], np.array([1.0, 1.0]), 1e-5)
 
 
 def test_no_finite_order_is_refused():

@@ -148,11 +148,18 @@ def to_epsilon(orders: Sequence[int], rdp: Float64[np.ndarray, " n"], delta: flo
         delta: In (0, 1).
 
     Raises:
-        InputError: `delta` is outside (0, 1), or no order has a finite bound.
+        InputError: `delta` is outside (0, 1), an order is not an integer above 1, or no order has a finite
+            bound.
     """
     if not 0 < delta < 1:
         raise InputError("delta must lie strictly between 0 and 1", field="delta", value=delta)
     a = np.asarray(orders, np.float64)
+    if (a < 2).any() or (a != np.floor(a)).any():
+        raise InputError(
+            "the bounds and the sampling formula hold at integer orders of at least 2",
+            field="orders",
+            value=tuple(orders)[:3],
+        )
     epsilon = rdp + (-math.log(delta) + (a - 1) * np.log1p(-1 / a) - np.log(a)) / (a - 1)
     if not np.isfinite(epsilon).any():
         raise InputError(
