@@ -63,11 +63,12 @@ def test_reparameterized_network_is_the_same_function_in_floating_point(name):
             module.state = "off"
     changed = logits(model(x))
     assert (changed - expected).abs().max() <= 1e-4 * expected.abs().max()
-    norms = [model.get_submodule(s.norm) for s in wiring.sites if not s.obstacle]
+    changed_sites = [s for s in wiring.sites if not s.obstacle]
+    norms = [model.get_submodule(s.norm) for s in changed_sites]
     original = build(name)
     assert all(
         not torch.equal(n.weight, original.get_submodule(s.norm).weight)
-        for n, s in zip(norms, wiring.sites, strict=False)
+        for n, s in zip(norms, changed_sites, strict=True)
     )
 
 
@@ -399,3 +400,137 @@ def test_an_error_in_one_of_several_batches_is_the_one_that_is_raised():
 
 def test_hosted_models_cover_the_families():
     assert {n.split("-")[0] for n in hosted_models.MODELS} == {"timm", "torchvision", "hf"}
+
+
+class Scaled(nn.Linear):
+    """A subclass that computes something else than its class."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def with_layer(change):
+    model = build("timm-vit")
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m.blocks[0].mlp, "fc1", Scaled(32, 128)), "Scaled computes something else"),
+        (
+            lambda m: m.blocks[0].mlp.fc1.register_forward_hook(lambda *a: None),
+            "drop the layer's forward hooks",
+        ),
+        (lambda m: nn.utils.parametrizations.weight_norm(m.head), "remove parametrizations first"),
+    ],
+)
+def test_layers_that_a_quantized_one_would_not_repeat_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        repqvit.quantize(with_layer(change), X)
+
+
+def test_a_transposed_norm_output_is_no_site_even_where_sizes_agree():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mix = nn.LayerNorm(16), nn.Linear(16, 16)
+            self.norm2, self.fc = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = x.flatten(2).transpose(1, 2)
+            x = x + self.mix(self.norm(x).transpose(1, 2)).transpose(1, 2)
+            return x + self.fc(self.norm2(x))
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 8, 8), Mixer()).eval()
+    wiring = tracing.trace(model, lambda m: m(torch.randn(1, 3, 32, 32)))
+    assert [site.norm for site in wiring.sites] == ["1.norm2"]
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_batches_that_take_different_ways_through_the_model_are_refused(late):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.extra = build("timm-vit"), nn.Linear(5, 5)
+
+        def forward(self, x):
+            y = self.vit(x)
+            return self.extra(y) if len(x) > 4 else y
+
+    model = Branching().eval()
+    batches = [X[:4], torch.cat([X, X])[:9]] if late else [torch.cat([X, X])[:9], X[:4]]
+
+    q = quantized.prepared_copy(model)
+    wiring = tracing.trace(q, lambda m: m(torch.cat([X, X])[:9]))
+    calibrate.install(q, wiring, Recipe())
+    with pytest.raises(ValueError, match="different ways through the model"):
+        calibrate.calibrate(q, wiring, Recipe(), [lambda m, b=b: m(b) for b in batches])
+
+
+@torch.no_grad()
+def test_parameters_loaded_in_place_are_the_ones_in_use():
+    model = build("timm-vit")
+    first, second = (repqvit.quantize(model, x) for x in (X, 3 * X + 1))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second(X), first(X))
+
+
+@torch.no_grad()
+def test_a_data_loader_with_labels_calibrates():
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(X, torch.zeros(len(X), dtype=torch.long)), batch_size=4
+    )
+    by_loader = repqvit.quantize(build("timm-vit"), loader)
+    assert torch.equal(by_loader(X), repqvit.quantize(build("timm-vit"), [X[:4], X[4:]])(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_calibration_images_of_any_precision_are_taken(dtype):
+    q = repqvit.quantize(build("timm-vit").to(dtype), X.to(dtype))
+    assert q.head.weight.dtype == torch.float32
+
+
+def test_heads_whose_outputs_are_averaged_take_head_bits():
+    q = repqvit.quantize(build("timm-deit-distilled"), X, Recipe(head_bits=8))
+    bits = {r.name: r.bits for r in q.report.layers if r.role == "weight"}
+    assert bits["head"] == bits["head_dist"] == 8
+    assert bits["blocks.0.mlp.fc1"] == 4
+
+
+def test_layers_that_stay_in_floating_point_are_told():
+    model = build("timm-vit")
+    model.unused = nn.Linear(3, 3)
+    report = repqvit.quantize(model, X).report
+    assert report.floating == ["unused"]
+    assert "unused stays in floating point" in str(report)
+
+
+def test_images_that_were_not_normalised_for_a_transformers_model_draw_a_warning():
+    with pytest.warns(UserWarning, match="not normalised"):
+        repqvit.quantize(build("hf-vit"), X.sigmoid())
+
+
+def test_a_model_with_unset_weights_can_be_loaded_into(tmp_path):
+    repqvit.quantize(build("timm-vit"), X).save(tmp_path / "q.safetensors")
+    fresh = build("timm-vit")
+    with torch.no_grad():
+        fresh.head.weight.fill_(float("nan"))
+    assert torch.isfinite(repqvit.load(fresh, tmp_path / "q.safetensors")(X)).all()
+
+
+def test_an_interrupted_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
+    q, path = repqvit.quantize(build("timm-vit"), X), tmp_path / "q.safetensors"
+    q.save(path)
+    before = path.read_bytes()
+
+    def half(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("repqvit.checkpoint.save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        q.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repqvit.checkpoint import load
     from repqvit.evaluation import compare, evaluate
-    from repqvit.onnx_export import export_onnx
+    from repqvit.onnx_export import compare_onnx, export_onnx
     from repqvit.quantized import QuantizedModel, quantize
     from repqvit.recipes import RECIPES, Recipe
     from repqvit.reparameterize import reparameterize_layernorm
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate",
     "compare",
     "export_onnx",
+    "compare_onnx",
     "to_torchao",
     "Recipe",
     "RECIPES",
@@ -39,6 +40,7 @@ _HOME = {
     "evaluate": "evaluation",
     "compare": "evaluation",
     "export_onnx": "onnx_export",
+    "compare_onnx": "onnx_export",
     "to_torchao": "torchao_export",
     "Recipe": "recipes",
     "RECIPES": "recipes",
@@ -46,7 +48,13 @@ _HOME = {
 }
 
 
+# Modules that are reached as attributes: repqvit.quantizers.UniformAffine.
+_MODULES = ("calibrate", "quantizers", "ranges", "recipes", "reparameterize", "integer")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"repqvit.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'repqvit' has no attribute {name!r}")
     value = getattr(import_module(f"repqvit.{_HOME[name]}"), name)

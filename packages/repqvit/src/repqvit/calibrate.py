@@ -75,6 +75,10 @@ def calibrate(model: nn.Module, wiring: Wiring, recipe: Recipe, forwards: Sequen
     """
     sites = [site for site in wiring.sites if not site.obstacle]
     if not recipe.changes_variables:
+        if recipe.norm == "per-channel" and recipe.order == "fp-first":
+            observe_norms(model, wiring, forwards)
+            for site in sites:
+                _linears(model, site)[0].input_quantizer.state = "on"
         _quantize_weights(model, wiring.layers)
         _arm_and_run(model, forwards)
     elif recipe.order == "official" and recipe.norm == "reparameterized":

@@ -62,7 +62,7 @@ def load(model: nn.Module, path: str | Path) -> QuantizedModel:
 
     Args:
         model: a model of the architecture that was quantized; its weights do not matter, and it is left
-            unchanged.
+            unchanged. The result is on its device.
         path: a file written by `QuantizedModel.save`.
 
     Raises:
@@ -76,7 +76,8 @@ def load(model: nn.Module, path: str | Path) -> QuantizedModel:
     wiring = content["wiring"]
     wiring = Wiring(**{**wiring, "sites": [NormSite(**site) for site in wiring["sites"]]})
 
-    model = prepared_copy(model)
+    device = next(model.parameters()).device
+    model = prepared_copy(model).cpu()
     _check_architecture(model, layers, tensors, path)
     install(model, wiring, report.recipe, calibrated=True)
     for name, layer in layers.items():
@@ -94,7 +95,7 @@ def load(model: nn.Module, path: str | Path) -> QuantizedModel:
             scale, zero_point = (tensors.pop(f"{name}.{part}") for part in ("scale", "zero_point"))
             module.set_parameters(scale, zero_point)
     _restore_rest(model, tensors)
-    return QuantizedModel(model.eval().requires_grad_(False), report, wiring)
+    return QuantizedModel(model.eval().requires_grad_(False).to(device), report, wiring)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -162,4 +163,6 @@ def _report(content: dict[str, Any]) -> Report:
         LayerReport(**{**row, "sqnr_db": float("nan") if row["sqnr_db"] is None else row["sqnr_db"]})
         for row in content["layers"]
     ]
-    return Report(Recipe(**recipe), [NormSite(**site) for site in content["sites"]], rows)
+    return Report(
+        Recipe(**recipe), [NormSite(**site) for site in content["sites"]], rows, content["floating"]
+    )

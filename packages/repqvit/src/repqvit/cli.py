@@ -70,7 +70,8 @@ def _recipe(value: str) -> str:
 
 def _numbers(value: str | None) -> str | None:
     try:
-        _ = [float(part) for part in (value or "0").split(",")]
+        if not all(math.isfinite(float(part)) for part in (value or "0").split(",")):
+            raise ValueError(value)
     except ValueError as error:
         raise typer.BadParameter(
             f"expected numbers with commas between, as 0.5,0.5,0.5; got {value!r}"
@@ -315,12 +316,17 @@ def export(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder with images, on which the file is compared with the simulated model."),
+    ] = None,
 ) -> None:
     """Write a quantized model as ONNX with QDQ nodes, for integer arithmetic in onnxruntime and others."""
     with _warnings_in_one_line():
         import torch
 
-        from repqvit.onnx_export import export_onnx
+        from repqvit.images import batches, evaluation_files
+        from repqvit.onnx_export import compare_onnx, export_onnx
 
         source = _source(model, None, None, num_classes, image_size, mean, std)
         quantized = _loaded(source, weights)
@@ -329,12 +335,25 @@ def export(
             raise InputError("the model takes images of any size: say which", field="image-size")
         form: Any = softmax  # checked by the option
         channels = 1 if source.preprocessing.mode == "L" else 3
+        sample = None
+        if images:  # before the export: a folder that cannot be read should not cost one
+            files_ = evaluation_files(images, labelled=False)
+            sample, _ = next(iter(batches(files_, source.preprocessing, 32)))
         with _status("exporting"):
             export_onnx(quantized, out, torch.zeros(1, channels, *size), "qdq", form)
     table = Table("exported", str(out))
     table.add_row("bytes of the quantized weights", f"{weights.stat().st_size:,}")
     table.add_row("bytes of the ONNX file", f"{out.stat().st_size:,}")
     table.add_row("softmax", softmax)
+    if sample is not None:
+        with _status("comparing"):
+            found = compare_onnx(quantized, out, sample)
+        table.add_row(
+            f"top-1 agreement with the simulation, {len(sample)} images", _percent(found.top1_agreement)
+        )
+        table.add_row(
+            "largest difference of an output", f"{found.max_difference:.3g} of {found.max_output:.3g}"
+        )
     _print(table)
 
 

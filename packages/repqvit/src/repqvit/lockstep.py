@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from repqvit.quantizers import Quantizer
 
 _current = threading.local()
+_DIFFERENT_WAYS = "the calibration batches take different ways through the model: give them as one batch"
 
 
 class _Meeting:
@@ -29,6 +30,7 @@ class _Meeting:
         self.turn = threading.Lock()
         self.tensors: list[Tensor | None] = [None] * parties
         self.quantizer: Quantizer | None = None
+        self.ended = False  # whether a batch has come to the end of the model
         self.barrier = threading.Barrier(parties, action=self._fit)
 
     def _fit(self) -> None:
@@ -37,6 +39,9 @@ class _Meeting:
         self.tensors = [None] * len(self.tensors)
 
     def arrive(self, index: int, quantizer: Quantizer, x: Tensor) -> None:
+        """Wait for the other batches at a quantizer; raises ValueError if they wait at another one."""
+        if self.ended or (self.barrier.n_waiting and self.quantizer is not quantizer):
+            raise ValueError(_DIFFERENT_WAYS)
         self.tensors[index] = x
         self.quantizer = quantizer
         self.turn.release()
@@ -70,6 +75,9 @@ def run(forwards: Sequence[Callable[[], Any]]) -> None:
             try:
                 with torch.no_grad():
                     forward()
+                meeting.ended = True
+                if meeting.barrier.n_waiting:
+                    raise ValueError(_DIFFERENT_WAYS)
             except threading.BrokenBarrierError:
                 pass  # another thread failed first; its error is the one to show
             except BaseException as error:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from repqvit import calibrate, hosts, tracing
 from repqvit.layers import AttentionQuantizers, QuantConv2d, QuantLinear
@@ -48,6 +50,8 @@ class Report:
     recipe: Recipe
     sites: list[tracing.NormSite]
     layers: list[LayerReport]
+    floating: list[str] = field(default_factory=list)
+    """Layers with weights that stay in floating point: those that calibration did not reach, other kinds."""
 
     @property
     def changed_sites(self) -> list[tracing.NormSite]:
@@ -62,6 +66,7 @@ class Report:
         lines += [
             f"  {site.norm} is quantized per tensor: {site.obstacle}" for site in self.sites if site.obstacle
         ]
+        lines += [f"  {name} stays in floating point" for name in self.floating]
         lines += [
             f"  {layer.name:50} {layer.role:8} {layer.bits} bit {layer.scales:5} scales "
             f"{layer.sqnr_db:6.1f} dB"
@@ -102,7 +107,7 @@ class QuantizedModel(nn.Module):
 
 def quantize(
     model: nn.Module,
-    calibration: Batch | Sequence[Batch],
+    calibration: Batch | Iterable[Any],
     recipe: str | Recipe = "repqvit",
     *,
     w_bits: int | None = None,
@@ -114,7 +119,8 @@ def quantize(
         model: a ViT, DeiT or Swin (or a detector on top of one) of timm, torchvision or transformers, or one
             written like them; left unchanged. Calibration is in float32 on the model's device.
         calibration: preprocessed training images `(images, channels, height, width)`, or a mapping of keyword
-            arguments of the model's forward; 32 in the paper. A sequence of such batches is calibrated as one
+            arguments of the model's forward; 32 in the paper. Several such batches (or those of a data
+            loader, whose labels are dropped) is calibrated as one
             batch, at the memory of the largest (see `lockstep`).
         recipe: a name of `recipes.RECIPES` or a `Recipe`.
         w_bits: bit width of weights, 2 to 8; 4 unless given here or by a `Recipe`.
@@ -140,12 +146,19 @@ def quantize(
     """
     recipe = _resolve(recipe, w_bits, a_bits)
     batches = _batches(calibration)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError("weights must be finite", field=name)
     model = prepared_copy(model)
     device = next(model.parameters()).device
     batches = [_to(batch, device) for batch in batches]
     _check_images(batches, model)
 
-    wiring = tracing.trace(model, lambda m: _forward(m, _first(batches[0])))
+    try:
+        wiring = tracing.trace(model, lambda m: _forward(m, _first(batches[0])))
+    except ValueError as error:
+        raise InputError(f"the model does not run on one calibration image: {error}") from error
+    _check_layers(model, wiring)
     _check_wiring(wiring, recipe)
     calibrate.install(model, wiring, recipe)
     forwards: list[Callable[[nn.Module], Any]] = [lambda m, b=batch: _forward(m, b) for batch in batches]
@@ -178,9 +191,6 @@ def prepared_copy(model: nn.Module) -> nn.Module:
         raise InputError("the model is sharded (FSDP): gather its parameters into a plain module first")
     if any(isinstance(module, QuantLinear | QuantConv2d | QuantizedModel) for module in model.modules()):
         raise InputError("the model is already quantized: start again from the floating-point model")
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError("weights must be finite", field=name)
     model = copy.deepcopy(model).float().eval()
     try:
         return hosts.prepare(model)
@@ -188,8 +198,10 @@ def prepared_copy(model: nn.Module) -> nn.Module:
         raise InputError(str(error)) from error
 
 
-def _batches(calibration: Batch | Sequence[Batch]) -> list[Batch]:
-    batches: list[Batch] = [calibration] if isinstance(calibration, Tensor | Mapping) else list(calibration)
+def _batches(calibration: Batch | Iterable[Any]) -> list[Batch]:
+    batches: list[Any] = [calibration] if isinstance(calibration, Tensor | Mapping) else list(calibration)
+    # A data loader gives (images, labels) or (images,).
+    batches = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in batches]
     if not batches or any(len(_images(batch)) == 0 for batch in batches):
         raise InputError("the calibration set is empty: give about 32 training images")
     return batches
@@ -211,9 +223,14 @@ def _images(batch: Any) -> Tensor:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
+    """On the device, and in float32 like the model's copy."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, torch.float32) if tensor.is_floating_point() else tensor.to(device)
+
     if isinstance(batch, Tensor):
-        return batch.to(device)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return moved(batch)
+    return {name: moved(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _first(batch: Batch) -> Batch:
@@ -261,9 +278,26 @@ def _check_images(batches: Sequence[Batch], model: nn.Module) -> None:
 
 
 def _expects_negative(model: nn.Module) -> bool:
-    """Whether the model's own preprocessing (timm's configuration) subtracts a mean."""
+    """Whether the model's preprocessing subtracts a mean: timm says so, transformers' models do."""
     config = getattr(model, "pretrained_cfg", None)
-    return isinstance(config, Mapping) and any(config.get("mean") or ())
+    if isinstance(config, Mapping):
+        return any(config.get("mean") or ())
+    return type(model).__module__.startswith("transformers.")
+
+
+def _check_layers(model: nn.Module, wiring: tracing.Wiring) -> None:
+    """Refuse layers that compute something else than their class, which would be lost."""
+    for name in wiring.layers:
+        layer: Any = model.get_submodule(name)
+        if parametrize.is_parametrized(layer):
+            raise InputError("remove parametrizations first (remove_parametrizations)", field=name)
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise InputError("quantization would drop the layer's forward hooks: remove them", field=name)
+        if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+            raise InputError(
+                f"{type(layer).__name__} computes something else than nn.Linear or nn.Conv2d: fold it first",
+                field=name,
+            )
 
 
 def _check_wiring(wiring: tracing.Wiring, recipe: Recipe) -> None:
@@ -298,7 +332,12 @@ def _report(model: nn.Module, recipe: Recipe, wiring: tracing.Wiring) -> Report:
                 _activation(owner, role, getattr(module, role))
                 for role in ("query", "key", "softmax", "value")
             ]
-    return Report(recipe, wiring.sites, rows)
+    floating = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, QuantLinear | QuantConv2d)
+    ]
+    return Report(recipe, wiring.sites, rows, floating)
 
 
 def _activation(name: str, role: str, quantizer: Quantizer) -> LayerReport:

@@ -175,14 +175,20 @@ class UniformAffine(Quantizer):
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take parameters as given, of one element or one for each channel, and switch on."""
         super().set_parameters(scale, zero_point)
-        # One zero point is kept as a number, too: clamping to numbers is faster, and needs no device
-        # synchronization. Several stay in the buffer alone, which moves with the model.
-        self._number = float(zero_point) if zero_point.numel() == 1 else None
+        self._number_of = (-1, -1)
+
+    def _zero_point(self) -> Tensor | float:
+        """One zero point as a number: clamping to numbers is faster, and needs no device synchronization."""
+        if self.zero_point.numel() != 1:
+            return self.zero_point
+        current = (id(self.zero_point), self.zero_point._version)  # another after `to` or `load_state_dict`
+        if self._number_of != current:
+            self._number, self._number_of = float(self.zero_point), current
+        return self._number
 
     def quantize(self, x: Tensor) -> Tensor:
         """Values s (q - z) of the codes q of x, in its shape."""
-        zero_point = self.zero_point if self._number is None else self._number
-        return fake_quantize(x, self.scale, zero_point, self.bits)
+        return fake_quantize(x, self.scale, self._zero_point(), self.bits)
 
     def encode(self, x: Tensor) -> Tensor:
         """Integer codes of x."""

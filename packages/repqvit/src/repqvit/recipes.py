@@ -5,6 +5,7 @@ The names cover the paper's method, this package's variants of it, and the metho
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -63,8 +64,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("w_bits", "a_bits", "stem_bits", "norm_bits", "softmax_bits", "head_bits"):
             bits = getattr(self, name)
-            if bits is not None and not (isinstance(bits, int) and MIN_BITS <= bits <= MAX_BITS):
+            if bits is None:
+                continue
+            if not (isinstance(bits, numbers.Integral) and MIN_BITS <= int(bits) <= MAX_BITS):
                 raise ValueError(f"{name} must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+            object.__setattr__(self, name, int(bits))  # numpy's integers are no JSON
 
     def activation_quantizer(self, bits: int | None = None) -> Quantizer:
         """For any other activation: uniform, one scale, of width a_bits unless another is given."""

@@ -330,6 +330,8 @@ def _set(**options: Any) -> dict[str, Any]:
 def _per_channel(key: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     if len(values) != channels:
         raise InputError(f"expected {channels} values, one for each channel", field=key, value=values)
+    if key == "std" and min(values) <= 0:
+        raise InputError("expected positive values", field=key, value=values)
     return values
 
 

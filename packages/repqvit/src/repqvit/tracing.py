@@ -51,6 +51,24 @@ _MOVES_VALUES: frozenset[Callable[..., Any]] = frozenset(
         Tensor.__getitem__,
     }
 )
+_COMBINES = frozenset(
+    {
+        torch.add,
+        Tensor.add,
+        Tensor.__add__,
+        Tensor.__truediv__,
+        torch.div,
+        Tensor.div,
+        Tensor.__mul__,
+        torch.mul,
+        Tensor.mul,
+        torch.sigmoid,
+        Tensor.sigmoid,
+        torch.mean,
+        Tensor.mean,
+        Tensor.squeeze,
+    }
+)
 _PADS = frozenset({F.pad, _NATIVE.pad})
 _ATTENTION = F.scaled_dot_product_attention
 _SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax})
@@ -100,8 +118,10 @@ class _Watcher(TorchFunctionMode):
         self.wiring = Wiring()
         self.stack: list[str] = []
         self.origins: dict[int, _Origin] = {}
-        # What computed a tensor, by the tensor's id: "linear:NAME", "softmax" or "gelu".
+        # What computed a tensor, by the tensor's id: "softmax" or "gelu".
         self.producers: dict[int, str] = {}
+        # The linear layers that alone computed a tensor, up to sums and elementwise functions of them.
+        self.linears: dict[int, set[str]] = {}
         self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self.consumers: dict[str, set[str]] = {}
         self.norm_calls: dict[str, int] = {}
@@ -124,7 +144,7 @@ class _Watcher(TorchFunctionMode):
         for tensor in inputs:
             origin = self.origins.get(id(tensor))
             if origin is not None and not inside_linear:
-                self._follow(func, origin, outputs)
+                self._follow(func, args, kwargs or {}, origin, outputs)
         return result
 
     def _owners(self, inputs: list[Tensor]) -> set[str]:
@@ -140,6 +160,8 @@ class _Watcher(TorchFunctionMode):
             self._produce(outputs, "softmax")
         elif func is F.gelu or func is _NATIVE.gelu:
             self._produce(outputs, "gelu")
+        elif func in _COMBINES and inputs and all(id(t) in self.linears for t in inputs):
+            self._derive(outputs, set().union(*(self.linears[id(t)] for t in inputs)))
         elif func in _PRODUCTS and any(self.producers.get(id(t)) == "softmax" for t in inputs):
             self.wiring.floating.append(f"softmax @ values in {here or 'the model'}")
         elif func in (F.linear, F.conv2d):
@@ -149,13 +171,17 @@ class _Watcher(TorchFunctionMode):
                     f"the weight of {min(owners)}, used directly in {here or 'the model'}"
                 )
 
+    def _derive(self, outputs: list[Tensor], linears: set[str]) -> None:
+        self.alive.extend(outputs)
+        self.linears.update({id(t): linears for t in outputs})
+
     def _produce(self, outputs: list[Tensor], what: str) -> None:
         self.alive.extend(outputs)
         self.producers.update({id(t): what for t in outputs})
 
-    def _follow(self, func: Any, origin: _Origin, outputs: list[Tensor]) -> None:
-        last_axis_kept = all(t.ndim and t.shape[-1] == origin.width for t in outputs)
-        if func in _MOVES_VALUES and last_axis_kept:
+    def _follow(self, func: Any, args: tuple, kwargs: dict, origin: _Origin, outputs: list[Tensor]) -> None:
+        same_width = all(t.ndim and t.shape[-1] == origin.width for t in outputs)
+        if func in _MOVES_VALUES and same_width and _keeps_last_axis(func, args, kwargs):
             moved = _Origin(
                 origin.norm,
                 origin.width,
@@ -197,9 +223,34 @@ class _Watcher(TorchFunctionMode):
             self.alive.append(output)
             self.origins[id(output)] = _Origin(name, output.shape[-1])
         elif isinstance(module, nn.Linear) and isinstance(output, Tensor):
-            self._produce([output], f"linear:{name}")
+            self._derive([output], {name})
         elif isinstance(output, Tensor) and isinstance(module, nn.GELU):
             self._produce([output], "gelu")
+
+
+def _keeps_last_axis(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether a call that moves values, with an output as wide as its input, leaves channels in their order.
+
+    Views and reshapes do: in row-major order the channel is the position modulo the width.
+    """
+    if not args:
+        return False
+    last = args[0].ndim - 1
+    if func in (Tensor.permute, torch.permute):
+        order = kwargs.get("dims", args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:])
+        return order[-1] % (last + 1) == last
+    if func in (Tensor.transpose, torch.transpose):
+        axes = [*args[1:], *(kwargs[k] for k in ("dim0", "dim1") if k in kwargs)]
+        return all(axis % (last + 1) != last for axis in axes)
+    if func in (Tensor.roll, torch.roll):
+        axes = kwargs.get("dims", args[2] if len(args) > 2 else ())
+        axes = [axes] if isinstance(axes, int) else list(axes)
+        return bool(axes) and all(axis % (last + 1) != last for axis in axes)
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        reaches_last = len(index) > last or any(part is Ellipsis for part in index)
+        return not reaches_last or index[-1] is Ellipsis or index[-1] == slice(None)
+    return True
 
 
 @contextmanager
@@ -229,9 +280,7 @@ def trace(model: nn.Module, forward: Callable[[nn.Module], Any]) -> Wiring:
         origin = watcher.origins.get(id(tensor))
         if origin is not None:
             watcher.consumers.setdefault(origin.norm, set()).add("the model's output")
-        producer = watcher.producers.get(id(tensor), "")
-        if producer.startswith("linear:"):
-            wiring.heads.append(producer.removeprefix("linear:"))
+        wiring.heads += sorted(watcher.linears.get(id(tensor), set()) - set(wiring.heads))
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
