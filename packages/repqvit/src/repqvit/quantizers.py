@@ -179,7 +179,7 @@ class UniformAffine(Quantizer):
 
     def _zero_point(self) -> Tensor | float:
         """One zero point as a number: clamping to numbers is faster, and needs no device synchronization."""
-        if self.zero_point.numel() != 1:
+        if self.zero_point.numel() != 1 or self.zero_point.is_meta:
             return self.zero_point
         current = (id(self.zero_point), self.zero_point._version)  # another after `to` or `load_state_dict`
         if self._number_of != current:
