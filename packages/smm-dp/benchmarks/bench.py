@@ -9,6 +9,7 @@ faster.
 import argparse
 import os
 import platform
+import sys
 import time
 from fractions import Fraction
 from importlib import metadata
@@ -184,7 +185,7 @@ def accounting_rows(repeats):
             metadata.version("dp-accounting"),
         )
     except ImportError:
-        pass
+        print("dp-accounting is not installed: its row is left out", file=sys.stderr)
 
     def table():
         certified_rates.cache_clear()

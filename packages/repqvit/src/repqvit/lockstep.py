@@ -29,7 +29,7 @@ class _Meeting:
     def __init__(self, parties: int) -> None:
         self.turn = threading.Lock()
         self.tensors: list[Tensor | None] = [None] * parties
-        self.quantizer: Quantizer | None = None
+        self.quantizer: Quantizer | None = None  # where some batch waits; changed only by who has the turn
         self.ended = False  # whether a batch has come to the end of the model
         self.barrier = threading.Barrier(parties, action=self._fit)
 
@@ -37,10 +37,11 @@ class _Meeting:
         assert self.quantizer is not None
         self.quantizer.fit_from([x for x in self.tensors if x is not None])
         self.tensors = [None] * len(self.tensors)
+        self.quantizer = None
 
     def arrive(self, index: int, quantizer: Quantizer, x: Tensor) -> None:
         """Wait for the other batches at a quantizer; raises ValueError if they wait at another one."""
-        if self.ended or (self.barrier.n_waiting and self.quantizer is not quantizer):
+        if self.ended or self.quantizer not in (None, quantizer):
             raise ValueError(_DIFFERENT_WAYS)
         self.tensors[index] = x
         self.quantizer = quantizer
@@ -76,7 +77,7 @@ def run(forwards: Sequence[Callable[[], Any]]) -> None:
                 with torch.no_grad():
                     forward()
                 meeting.ended = True
-                if meeting.barrier.n_waiting:
+                if meeting.quantizer is not None:
                     raise ValueError(_DIFFERENT_WAYS)
             except threading.BrokenBarrierError:
                 pass  # another thread failed first; its error is the one to show
