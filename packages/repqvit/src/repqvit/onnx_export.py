@@ -72,7 +72,8 @@ def export_onnx(
         softmax: `float` leaves the softmax output and its product with v in floating point: no runtime has an
             integer product of logarithmic codes, and simulating one costs time and accuracy. `exact` writes
             the softmax quantizer as arithmetic: the file then computes what `quantized_model` computes, up to
-            the order of floating-point sums.
+            the order of floating-point sums. Where such a sum falls on the other side of a rounding, a code
+            changes; in a deep model that grows to what a tiny change of the input does.
         opset: 18 to 23.
         dynamic_batch: the batch size is free in the file; otherwise that of `sample`.
         weight_storage: `int4` packs weights of at most 4 bits (opset 21 on); `int8` does not; `auto` packs
