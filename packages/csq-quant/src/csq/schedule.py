@@ -1,0 +1,381 @@
+"""Temperature, budget and stages of a training run (CSQ, Sections 3.3 to 3.5 of the brief).
+
+The schedule computes; what it has to remember stands in buffers of the model's bit planes. So a model's state
+dict resumes a run to the last bit, and copies of a model in several processes stay alike.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from csq.parametrization import bit_layers
+from csq.planes import DEAD
+from csq.storage import stored_bits
+from shared_core import InputError
+
+Budget = Literal["weights", "layers", "bytes"]
+Finetune = Literal["hold", "reramp"]
+OnMiss = Literal["warn", "raise", "settle"]
+
+TOLERANCE = 0.02
+"""`settle` brings the average within this share of the target."""
+MISS = 0.25
+"""Bits between average and target from which the controller has failed."""
+REFRESH = 16
+"""Steps between looks for planes that are switched off for good: a look costs the device a stop."""
+
+
+class Schedule:
+    """Drives a parametrized model from soft bits to an exact scheme at a target precision.
+
+    The search takes the first steps: β grows exponentially with each step from 1 to beta_max, and
+    `penalty` pushes the average precision down, or up, to the target. Then the scheme is fixed: masks become
+    1[m_B >= 0] for good, the penalty is over, and weight gates train on.
+
+    Args:
+        model: what `csq.parametrize` returned, also inside DistributedDataParallel or torch.compile.
+        target_bits: average precision wanted, in the unit of `budget`; None where all masks are fixed.
+        steps: optimizer steps of the whole run, at least 2.
+        budget: what the average is over. `weights`: selected planes, each layer counted by its number of
+            weights: the model's size. `layers`: each layer alike, as the official code does; says little
+            about size. `bytes`: stored bits (`csq.storage.stored_bits`, sign and gaps included), by weights;
+            the least possible is 2.
+        lam: λ, the penalty's weight. A mask moves at most lr / (1 - momentum) · λ |ΔS| β / 4 a step: 0.1 to
+            0.5 for runs of 100 to 1000 steps, 0.01 for 600 epochs.
+        search: share of the steps that search, above 0, at most 1.
+        beta_max: the temperature that the search ends at.
+        finetune: `hold` keeps β there for the rest; `reramp` starts again from 1.
+        contiguous: fix each layer's scheme to a run of planes: as many as were selected, from the highest
+            selected one down, so that the values are a uniform grid.
+        min_bits: planes that each layer keeps at least when the scheme is fixed. A layer without planes is
+            zero, which a model survives only beside a residual path. 0 permits it.
+        on_miss: when the search ends further than 0.25 bits from the target: `warn`, or `raise` InputError.
+            `settle` switches planes with the smallest |m_B| off or on until the average is within 2 %,
+            whatever the distance.
+        trace_every: steps between records in `trace`; a hundredth of the run unless given.
+
+    Attributes:
+        trace: records of `step`, `beta`, `precision` (the average of `budget`), `searching` and `bits`
+            (planes by layer name). Precision falls, grows again and settles: the method's "growing".
+
+    Raises:
+        InputError: a value out of range; a model without bit planes; a model whose state belongs to a run
+            with another plan, as when a checkpoint is resumed with another target.
+
+    Example:
+        >>> import torch, csq
+        >>> model = csq.parametrize(torch.nn.Linear(8, 4))
+        >>> optimizer = torch.optim.SGD(csq.param_groups(model), lr=0.1, momentum=0.9)
+        >>> schedule = csq.Schedule(model, target_bits=3.0, steps=40)
+        >>> for _ in range(40):
+        ...     loss = (model(torch.ones(2, 8)) - 1).square().mean() + schedule.penalty()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> schedule.searching, schedule.beta
+        (False, 200.0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_bits: float | None,
+        steps: int,
+        *,
+        budget: Budget = "weights",
+        lam: float = 0.1,
+        search: float = 0.75,
+        beta_max: float = 200.0,
+        finetune: Finetune = "hold",
+        contiguous: bool = False,
+        min_bits: int = 1,
+        on_miss: OnMiss = "warn",
+        trace_every: int | None = None,
+    ) -> None:
+        self.layers = bit_layers(model)
+        if not self.layers:
+            raise InputError("has no bit planes; call csq.parametrize first", field="model")
+        self._planes = list(self.layers.values())
+        self.n_bits = self._planes[0].n_bits
+        self.target_bits, self.steps, self.lam, self.beta_max = target_bits, steps, lam, beta_max
+        self.budget: Budget = budget
+        self.finetune: Finetune = finetune
+        self.contiguous, self.min_bits, self.on_miss = contiguous, min_bits, on_miss
+        self._check(search)
+        self.search_steps = min(steps, max(1, round(search * steps)))
+        self.trace_every = trace_every or max(1, steps // 100)
+        self.trace: list[dict[str, Any]] = []
+        counts = torch.tensor([planes.positive[0].numel() for planes in self._planes], dtype=torch.float64)
+        self._shares = (
+            torch.full_like(counts, 1 / len(counts)) if budget == "layers" else counts / counts.sum()
+        )
+        self._widths = torch.tensor(
+            [self._cost(_bits(index, self.n_bits)) for index in range(2**self.n_bits)]
+        )
+        self._plan = self._describe()
+        self._version: int | None = None
+        self._step = 0
+        self._start()
+
+    @property
+    def step_count(self) -> int:
+        """Steps done."""
+        self._sync()
+        return self._step
+
+    @property
+    def searching(self) -> bool:
+        """True until the scheme is fixed."""
+        return any(planes.searching for planes in self._planes)
+
+    @property
+    def beta(self) -> float:
+        """The temperature β of the coming step."""
+        return self._temperature(self.step_count)
+
+    def precision(self) -> float:
+        """The average precision of the hard masks, in the unit of `budget`."""
+        return float(self._average(torch.stack([p.selected() for p in self._planes])))
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """λ ΔS Σ_l w_l Σ_b f_β(m_B^b), to be added to the loss; 0 once the scheme is fixed.
+
+        ΔS = (average of the hard masks - target) / n is a constant for autograd: above the target the term
+        makes masks fall, below it, grow. w_l is the layer's part in the budget over the greatest part of any
+        layer, so 1 for all where budget="layers".
+        """
+        self._sync()
+        device = self._planes[0].mask.device
+        if not self.searching or self.target_bits is None:
+            return torch.zeros((), device=device)
+        with torch.autocast(device.type, enabled=False):
+            masks = torch.stack([planes.mask.to(device) for planes in self._planes])
+            gates = torch.sigmoid(masks * self._planes[0].temperature)
+            excess = (self._average(masks.detach() >= 0) - self.target_bits) / self.n_bits
+            influence = (self._shares / self._shares.max()).to(device, gates.dtype)
+            return self.lam * excess.to(gates.dtype) * (influence * gates.sum(1)).sum()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Go on by one optimizer step: raise β and, where the search ends, fix the scheme."""
+        self._sync()
+        self._step += 1
+        if self._step == self.search_steps and self.searching:
+            self._fix()
+        beta = self._temperature(self._step)
+        for planes in self._planes:
+            planes.step.fill_(self._step)
+            planes.set_temperature(beta)
+        self._version = self._planes[0].step._version
+        if self.searching and self._step % REFRESH == 0:
+            self._skip_dead_planes(beta)
+        if self._step % self.trace_every == 0 or self._step in (self.search_steps, self.steps):
+            self._record()
+
+    # Stages.
+
+    def _temperature(self, step: int) -> float:
+        if step <= self.search_steps:
+            progress = step / self.search_steps
+            if step == self.search_steps and self.finetune == "reramp" and self.steps > step:
+                progress = 0.0
+        elif self.finetune == "reramp":
+            progress = min(1.0, (step - self.search_steps) / (self.steps - self.search_steps))
+        else:
+            progress = 1.0
+        return float(self.beta_max**progress)
+
+    def _skip_dead_planes(self, beta: float) -> None:
+        live = (torch.stack([planes.mask for planes in self._planes]) * beta > DEAD).cpu()
+        for planes, row in zip(self._planes, live, strict=True):
+            if planes.searching:
+                planes.set_live(row.to(planes.live.device))
+
+    def _fix(self) -> None:
+        masks = torch.stack([planes.mask.detach() for planes in self._planes]).cpu()
+        if not bool(torch.isfinite(masks).all()):
+            raise InputError("masks are not finite: the training diverged", field="model")
+        chosen = torch.stack([planes.selected() for planes in self._planes]).cpu()
+        chosen = self._keep_least(chosen, masks)
+        if self.target_bits is not None:
+            chosen = self._meet_target(chosen, masks)
+        for planes, row in zip(self._planes, chosen, strict=True):
+            planes.set_live(row.to(planes.live.device), fix=True)
+
+    def _keep_least(self, chosen: Bool[Tensor, "layers planes"], masks: Tensor) -> Tensor:
+        chosen = chosen.clone()
+        for name, row, mask in zip(self.layers, chosen, masks, strict=True):
+            if int(row.sum()) < self.min_bits:
+                row[:] = False
+                row[mask.topk(self.min_bits).indices] = True
+                warnings.warn(
+                    f"{name}: the search kept fewer than min_bits={self.min_bits} planes; its strongest "
+                    "are kept",
+                    stacklevel=4,
+                )
+        return torch.stack([top_run(row) for row in chosen]) if self.contiguous else chosen
+
+    def _meet_target(self, chosen: Bool[Tensor, "layers planes"], masks: Tensor) -> Tensor:
+        assert self.target_bits is not None
+        reached = float(self._average(chosen))
+        if self.on_miss == "settle":
+            return self._settle(chosen, masks)
+        if abs(reached - self.target_bits) > MISS:
+            direction = "raise lam or train longer" if reached > self.target_bits else "lower lam"
+            message = (
+                f"the search ended at {reached:.2f} bits where {self.target_bits:g} were asked for; "
+                f"{direction}, or use on_miss='settle'"
+            )
+            if self.on_miss == "raise":
+                raise InputError(message, field="target_bits")
+            warnings.warn(message, stacklevel=4)
+        return chosen
+
+    def _settle(self, chosen: Bool[Tensor, "layers planes"], masks: Tensor) -> Tensor:
+        """Flip planes, the least decided first, and none that carries the average past the target.
+
+        Past it by more than the tolerance, that is: large layers come near, small ones close the gap.
+        """
+        assert self.target_bits is not None
+        chosen, slack = chosen.clone(), TOLERANCE * self.target_bits
+        for wanted in (False, True):  # first off, then on
+            for flat in masks.abs().flatten().argsort().tolist():
+                gap = float(self._average(chosen)) - self.target_bits
+                if (gap <= 0) if not wanted else (gap >= 0):
+                    break
+                layer, plane = divmod(flat, self.n_bits)
+                if bool(chosen[layer, plane]) == wanted:
+                    continue
+                tried = chosen.clone()
+                tried[layer, plane] = wanted
+                if self.contiguous and not torch.equal(top_run(tried[layer]), tried[layer]):
+                    continue
+                change = float(self._average(tried)) - self.target_bits
+                enough = int(tried[layer].sum()) >= self.min_bits
+                if enough and (change >= -slack if not wanted else change <= slack):
+                    chosen = tried
+        return chosen
+
+    # Precision.
+
+    def _cost(self, mask: Sequence[bool]) -> float:
+        return float(stored_bits(mask)) if self.budget == "bytes" else float(sum(mask))
+
+    def _average(self, selected: Bool[Tensor, "layers planes"]) -> Float[Tensor, ""]:
+        device = selected.device
+        place = 2 ** torch.arange(self.n_bits, device=device)
+        return (self._widths.to(device)[(selected * place).sum(1)] * self._shares.to(device)).sum()
+
+    def _record(self) -> None:
+        selected = torch.stack([planes.selected() for planes in self._planes]).cpu()
+        self.trace.append(
+            {
+                "step": self._step,
+                "beta": self._temperature(self._step),
+                "precision": float(self._average(selected)),
+                "searching": self.searching,
+                "bits": dict(zip(self.layers, selected.sum(1).tolist(), strict=True)),
+            }
+        )
+
+    # State, which stands in the model.
+
+    def _describe(self) -> Tensor:
+        """The plan in numbers, PLAN_FIELDS of them."""
+        return torch.tensor(
+            [
+                math.nan if self.target_bits is None else self.target_bits,
+                self.steps,
+                self.search_steps,
+                self.beta_max,
+                self.lam,
+                get_args(Budget).index(self.budget),
+                get_args(Finetune).index(self.finetune),
+            ],
+            dtype=torch.float64,
+        )
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        self._sync()
+        if self._step == 0:
+            for planes in self._planes:
+                planes.plan.copy_(self._plan)
+                planes.set_temperature(self._temperature(0))
+            self._record()
+
+    def _sync(self) -> None:
+        """Read the state anew if something but `step` wrote it: a loaded state dict, a broadcast."""
+        version = self._planes[0].step._version
+        if version == self._version:
+            return
+        self._version = version
+        self._step = int(self._planes[0].step)
+        found = self._planes[0].plan.cpu()
+        if self._step > 0 and not torch.equal(found.nan_to_num(-1), self._plan.nan_to_num(-1)):
+            names = ("target_bits", "steps", "search steps", "beta_max", "lam", "budget", "finetune")
+            differing = [
+                f"{name} {old:g} there, {new:g} here"
+                for name, old, new in zip(names, found.tolist(), self._plan.tolist(), strict=True)
+                if old != new and not (math.isnan(old) and math.isnan(new))
+            ]
+            raise InputError(
+                f"is in the midst of a run with another plan ({'; '.join(differing)}); resume with the same",
+                field="model",
+            )
+
+    def _check(self, search: float) -> None:
+        n = self.n_bits
+        if any(planes.n_bits != n for planes in self._planes):
+            raise InputError("its layers have different n_bits; a schedule drives one number of planes")
+        if self.target_bits is None:
+            if any(planes.searching for planes in self._planes):
+                raise InputError("expected a number, as the model's masks are learned", field="target_bits")
+        elif not isinstance(self.target_bits, int | float) or not math.isfinite(self.target_bits):
+            raise InputError("expected a number", field="target_bits", value=self.target_bits)
+        else:
+            least, most = (2.0, n + 1.0) if self.budget == "bytes" else (1 / n, float(n))
+            if not least <= self.target_bits <= most:
+                raise InputError(
+                    f"expected {least:g} to {most:g} bits for {n} planes; less would prune the model away",
+                    field="target_bits",
+                    value=self.target_bits,
+                )
+        for field, value, known in (
+            ("budget", self.budget, get_args(Budget)),
+            ("finetune", self.finetune, get_args(Finetune)),
+            ("on_miss", self.on_miss, get_args(OnMiss)),
+        ):
+            if value not in known:
+                raise InputError(f"expected {', '.join(known)}", field=field, value=value)
+        if not isinstance(self.steps, int) or self.steps < 2:
+            raise InputError("expected a whole number of steps, at least 2", field="steps", value=self.steps)
+        for field, value, low, high in (
+            ("lam", self.lam, 0.0, math.inf),
+            ("search", search, 0.0, 1.0),
+            ("beta_max", self.beta_max, 1.0, 1e4),
+            ("min_bits", self.min_bits, -1, n),
+        ):
+            if not low < value <= high:
+                raise InputError(f"expected above {low:g}, at most {high:g}", field=field, value=value)
+
+
+def _bits(index: int, planes: int) -> list[bool]:
+    return [bool(index >> plane & 1) for plane in range(planes)]
+
+
+def top_run(row: Bool[Tensor, " planes"]) -> Bool[Tensor, " planes"]:
+    """As many planes as are selected, in one run from the highest selected one down (or up, at the end)."""
+    count, run = int(row.sum()), torch.zeros_like(row)
+    if count:
+        top = max(int(row.nonzero().max()), count - 1)
+        run[top - count + 1 : top + 1] = True
+    return run

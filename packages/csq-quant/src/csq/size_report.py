@@ -1,0 +1,182 @@
+"""Bits of each layer in three counts that are always given together: paper bits, stored bits, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from csq.parametrization import bit_layers, places, unwrap
+from csq.storage import paper_bits, stored_bits
+from shared_core import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReport:
+    """One quantized weight: weight = step · codes."""
+
+    name: str
+    """The layer's name; with the tensor's name where that is not `weight`."""
+    tensors: tuple[str, ...]
+    """Its keys in the plain model's state dict: several where layers share the weight."""
+    mask: tuple[bool, ...]
+    """Selected planes, least significant first."""
+    step: float
+    """The weight of one unit of `codes`."""
+    codes: Int[Tensor, "..."] = field(repr=False)
+    """Whole numbers, int16, on the CPU, in units of the lowest selected plane."""
+
+    @property
+    def weights(self) -> int:
+        """How many weights the layer has."""
+        return self.codes.numel()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.codes.shape)
+
+    @property
+    def mask_text(self) -> str:
+        """The mask as it is read: most significant plane first."""
+        return "".join("1" if on else "0" for on in reversed(self.mask))
+
+    @property
+    def bits(self) -> int:
+        """Paper bits: selected planes."""
+        return paper_bits(self.mask)
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits a weight takes in a file, the sign and gaps between planes included."""
+        return stored_bits(self.mask, used_values=int(torch.unique(self.codes).numel()))
+
+    def weight(self) -> Float[Tensor, "..."]:
+        """The weight in float32, exactly as a hardened model has it."""
+        return self.codes.float() * self.step
+
+
+@dataclass(frozen=True)
+class Report:
+    """All quantized weights of a model."""
+
+    layers: tuple[LayerReport, ...]
+    float_parameters: int
+    """Values of the state dict that stay in floating point: biases, normalisation, layers left out."""
+
+    @property
+    def weights(self) -> int:
+        """Quantized weights, first and last layers and shortcuts included."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def average_bits(self) -> float:
+        """Paper bits a weight, over weights."""
+        return sum(layer.bits * layer.weights for layer in self.layers) / self.weights
+
+    @property
+    def average_bits_by_layer(self) -> float:
+        """Paper bits with each layer counted alike, the official code's average."""
+        return sum(layer.bits for layer in self.layers) / len(self.layers)
+
+    @property
+    def average_stored_bits(self) -> float:
+        """Stored bits a weight, over weights."""
+        return self.stored_bits / self.weights
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that all quantized weights take in a file."""
+        return sum(layer.stored_bits * layer.weights for layer in self.layers)
+
+    @property
+    def compression(self) -> float:
+        """32 bits over stored bits, for the quantized weights."""
+        return 32 * self.weights / max(1, self.stored_bits)
+
+    @property
+    def paper_compression(self) -> float:
+        """32 bits over paper bits, as the paper counts."""
+        return 32 / max(self.average_bits, 1e-12)
+
+    @property
+    def expected_bytes(self) -> int:
+        """Stored bits and the rest in float32, without a file's header."""
+        return -(-self.stored_bits // 8) + 4 * self.float_parameters
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a layer in plain values; `mask` is text, most significant plane first."""
+        return [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "weights": layer.weights,
+                "mask": layer.mask_text,
+                "bits": layer.bits,
+                "stored_bits": layer.stored_bits,
+                "step": layer.step,
+            }
+            for layer in self.layers
+        ]
+
+    def totals(self) -> dict[str, float]:
+        """The three counts, with what they are made of."""
+        return {
+            "weights": self.weights,
+            "average_bits": self.average_bits,
+            "average_bits_by_layer": self.average_bits_by_layer,
+            "average_stored_bits": self.average_stored_bits,
+            "compression": self.compression,
+            "paper_compression": self.paper_compression,
+            "float_parameters": self.float_parameters,
+            "expected_bytes": self.expected_bytes,
+        }
+
+
+REPORT_ATTRIBUTE = "_csq_report"
+
+
+def report(model: nn.Module) -> Report:
+    """The scheme of a parametrized model as it stands, or of a hardened or loaded one.
+
+    Raises:
+        InputError: the model is neither.
+    """
+    kept = getattr(unwrap(model), REPORT_ATTRIBUTE, None)
+    if isinstance(kept, Report):
+        return kept
+    if not bit_layers(model):
+        raise InputError("expected a model of csq.parametrize, csq.harden or csq.load", field="model")
+    return Report(tuple(hard_layers(model)), _float_parameters(model))
+
+
+def hard_layers(model: nn.Module, contiguous: bool = False) -> Iterator[LayerReport]:
+    """Each weight of a parametrized model with all gates 1[m >= 0], in units of its lowest selected plane."""
+    from csq.schedule import top_run
+
+    keys: dict[int, list[str]] = {}
+    for module_name, _, tensor_name, planes in places(model):
+        keys.setdefault(id(planes), []).append(f"{module_name}.{tensor_name}" if module_name else tensor_name)
+    for name, planes in bit_layers(model).items():
+        selected = planes.selected().cpu()
+        selected = top_run(selected) if contiguous else selected
+        low = int(selected.nonzero().min()) if bool(selected.any()) else 0
+        codes = (
+            planes.codes(selected.to(planes.mask.device)).cpu() >> low
+        )  # exact: all are multiples of 2^low
+        step = planes.step_size() * 2**low
+        yield LayerReport(name, tuple(keys[id(planes)]), tuple(map(bool, selected.tolist())), step, codes)
+
+
+def _float_parameters(model: nn.Module) -> int:
+    quantized = {
+        id(tensor)
+        for planes in bit_layers(model).values()
+        for tensor in (*planes.parameters(), *planes.buffers())
+    }
+    tensors = {id(t): t for t in unwrap(model).state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return sum(t.numel() for key, t in tensors.items() if key not in quantized and t.is_floating_point())
