@@ -1,0 +1,61 @@
+"""Relevance attention: an encoder-decoder summarizer, steered to what the reader asked for, without training.
+
+    steerer = relattn.Steerer(model, tokenizer)
+    steerer.generate(documents, controls, weight="online")
+
+Xiao, Miculicich, Liu, He, Carenini: "Attend to the Right Context: A Plug-and-Play Module for
+Content-Controllable Summarization", arXiv 2212.10819.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relattn.relevance import EmbeddingRelevance, SimilarityRelevance
+    from relattn.selection import coverage_select, online_select
+    from relattn.steerer import Candidate, ControlledSummary, RelevanceResult, Steerer
+    from relattn.weights import RelAttnConfig, RelAttnModule
+
+__all__ = [
+    "Steerer",
+    "ControlledSummary",
+    "Candidate",
+    "RelevanceResult",
+    "EmbeddingRelevance",
+    "SimilarityRelevance",
+    "online_select",
+    "coverage_select",
+    "RelAttnModule",
+    "RelAttnConfig",
+]
+
+# Each name is imported at first use, so that `relattn --help` and its errors about options need no torch.
+_HOME = {
+    "Steerer": "steerer",
+    "ControlledSummary": "steerer",
+    "Candidate": "steerer",
+    "RelevanceResult": "steerer",
+    "EmbeddingRelevance": "relevance",
+    "SimilarityRelevance": "relevance",
+    "online_select": "selection",
+    "coverage_select": "selection",
+    "RelAttnModule": "weights",
+    "RelAttnConfig": "weights",
+}
+
+# Modules that are reached as attributes: relattn.selection.GRID.
+_MODULES = ("families", "fewshot", "generation", "reference", "relevance", "rouge", "selection", "steering")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"relattn.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'relattn' has no attribute {name!r}")
+    value = getattr(import_module(f"relattn.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,160 @@
+"""Decoding: settings of `generate`, many steering weights in one batch, how many rows fit into memory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from relattn.families import CrossAttention
+from relattn.steering import steered
+from shared_core import InputError
+
+PAPER_SETTINGS = {
+    "num_beams": 4,
+    "length_penalty": 2.0,
+    "no_repeat_ngram_size": 3,
+    "max_length": 142,
+    "min_length": 56,
+    "do_sample": False,
+}
+"""The released code's settings for NEWTS, without its random sampling inside beam search."""
+
+_OURS = (
+    "input_ids",
+    "inputs",
+    "inputs_embeds",
+    "attention_mask",
+    "encoder_outputs",
+    "return_dict_in_generate",
+)
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch behind the encoder.
+
+    Attributes:
+        input_ids: Source ids.
+        mask: True at real source tokens.
+        source_vectors: K, the encoder's input representation.
+        states: The encoder's output.
+        decoder_states: The same as the decoder's cross-attention sees it.
+    """
+
+    input_ids: Int[Tensor, "batch tokens"]
+    mask: Bool[Tensor, "batch tokens"]
+    source_vectors: Float[Tensor, "batch tokens width"]
+    states: Float[Tensor, "batch tokens width"]
+    decoder_states: Float[Tensor, "batch tokens width2"]
+
+    def rows(self, index: Int[Tensor, " rows"]) -> dict[str, Any]:
+        """What `generate` (or a forward pass) takes, for documents `index`, repeated as listed.
+
+        The ids go along because some logits processors look at the source; the encoder does not run again.
+        """
+        return {
+            "input_ids": self.input_ids[index],
+            "attention_mask": self.mask[index].long(),
+            "encoder_outputs": BaseModelOutput(last_hidden_state=self.states[index]),  # pyright: ignore[reportArgumentType]
+        }
+
+
+def generation_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for `generate`: what the caller gives, else the model's own settings, else the paper's.
+
+    Beam search with 4 beams and without sampling; 142 new tokens where neither caller nor model limits the
+    length.
+
+    Raises:
+        InputError: An argument that the steerer fills in itself, or more than one summary a document.
+    """
+    for name in _OURS:
+        if name in given:
+            raise InputError("is filled in here: use Steerer.steer to call generate yourself", field=name)
+    if given.get("num_return_sequences", 1) != 1:
+        raise InputError("expected 1: a document gets one summary", field="num_return_sequences")
+    settings = dict(given)
+    own = settings.get("generation_config", model.generation_config)
+    if "generation_config" not in settings:
+        settings.setdefault("do_sample", False)
+        if getattr(own, "num_beams", None) in (None, 1):
+            settings.setdefault("num_beams", PAPER_SETTINGS["num_beams"])
+    lengths = ("max_length", "max_new_tokens")
+    if not any(name in settings or getattr(own, name, None) is not None for name in lengths):
+        settings["max_new_tokens"] = PAPER_SETTINGS["max_length"]
+    return settings
+
+
+def setting(model: PreTrainedModel, settings: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A generation setting as `generate` will see it."""
+    own = settings.get("generation_config", model.generation_config)
+    value = settings.get(name, getattr(own, name, None))
+    return default if value is None else value
+
+
+def rows_that_fit(
+    model: PreTrainedModel, settings: Mapping[str, Any], layers: int, source_tokens: int
+) -> int:
+    """How many (document, weight) rows decode together, at least 1, by the memory that they will hold.
+
+    Half of a CUDA device's free memory, 2 GiB elsewhere. A beam holds keys and values of source and target in
+    every layer, twice while beams are reordered, and a few copies of its logits.
+    """
+    config = model.config.get_text_config(decoder=True)
+    width = getattr(config, "d_model", None) or config.hidden_size
+    size = torch.finfo(model.dtype).bits // 8
+    target = setting(model, settings, "max_new_tokens", None) or setting(model, settings, "max_length", 142)
+    cache = 2 * 2 * layers * width * (source_tokens + target) * size
+    logits = 6 * 4 * getattr(config, "vocab_size", 50_000)
+    beams = setting(model, settings, "num_beams", 1)
+    budget = 2 << 30
+    if model.device.type == "cuda":
+        budget = torch.cuda.mem_get_info(model.device)[0] // 2
+    return max(1, budget // (beams * (cache + logits)))
+
+
+def decode_rows(
+    model: PreTrainedModel,
+    layers: Sequence[CrossAttention],
+    encoded: EncodedBatch,
+    contexts: Sequence[Float[Tensor, "batch inner"]],
+    index: Int[Tensor, " rows"],
+    weight: Float[Tensor, "rows layers heads"],
+    settings: Mapping[str, Any],
+    seed: int | None,
+) -> Int[Tensor, "rows target"]:
+    """Generate one summary a row: document `index[row]`, steered by `weight[row]`."""
+    rows = [context[index] for context in contexts]
+    with _seeded(model, seed), evaluating(model), steered(layers, rows, weight):
+        return model.generate(**encoded.rows(index), **settings)  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout is off inside the block; each module is in its former mode behind it."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _seeded(model: PreTrainedModel, seed: int | None) -> Iterator[None]:
+    """Sampling from a seed of its own; the caller's random state is as before behind the block."""
+    if seed is None:
+        yield
+        return
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,497 @@
+"""Steerer: a summarizer and its tokenizer in, summaries about what each reader asked for out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from relattn.controls import Control, EncodedControl
+from relattn.families import (
+    cross_attentions,
+    decoder_view,
+    encoder_arguments,
+    encoder_of,
+    source_embeddings,
+    source_limit,
+)
+from relattn.generation import (
+    EncodedBatch,
+    decode_rows,
+    evaluating,
+    generation_settings,
+    rows_that_fit,
+    setting,
+)
+from relattn.relevance import EmbeddingRelevance, Relevance, RelevanceInputs, effective_support
+from relattn.selection import GRID, Similarity, consensus, coverage_select
+from relattn.source import SourceDocument, pad, read_controls, read_documents, warnings_about
+from relattn.steering import check_weight, context_vectors, relevant_context, steered
+from relattn.weights import RelAttnModule, masked_mean
+from shared_core import InputError
+
+Weight = float | int | Sequence[float] | Tensor
+Selector = Literal["consensus", "coverage"]
+
+
+@dataclass(frozen=True)
+class RelevanceResult:
+    """How relevant each token of a document is to its control.
+
+    Attributes:
+        a_rel: The relevance distribution, sums to 1.
+        scores: Raw scores s before smoothing.
+        tokens: The text of each token.
+        offsets: Where each token stands in the document, [start, end); None with a slow tokenizer.
+        effective_support: Over how many tokens the relevance is spread, exp(entropy).
+        controls: The control's phrases.
+        warnings: Truncation, phrases that do not occur, and the like.
+    """
+
+    a_rel: Float[Tensor, " tokens"]
+    scores: Float[Tensor, " tokens"]
+    tokens: tuple[str, ...]
+    offsets: tuple[tuple[int, int], ...] | None
+    effective_support: float
+    controls: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A summary that online selection tried.
+
+    Attributes:
+        weight: Its steering weight.
+        text: The summary.
+        kept: Whether it passed the filters.
+    """
+
+    weight: float
+    text: str
+    kept: bool
+
+
+@dataclass(frozen=True)
+class ControlledSummary:
+    """A summary about what the reader asked for.
+
+    Attributes:
+        text: The summary.
+        weight: The steering weight: chosen by online selection, or the given one; the mean over layers and
+            heads where these differ. 0 for a document without control.
+        relevance: The relevance that steered it.
+        candidates: All that online selection tried, weights ascending; empty with a given weight.
+        warnings: The relevance's.
+    """
+
+    text: str
+    weight: float
+    relevance: RelevanceResult
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Truncation, phrases that do not occur, and the like."""
+        return self.relevance.warnings
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Documents and controls behind the encoder, with everything that steering needs."""
+
+    encoded: EncodedBatch
+    scores: Float[Tensor, "batch tokens"]
+    a_rel: Float[Tensor, "batch tokens"]
+    contexts: list[Tensor]
+    control_mean: Float[Tensor, "batch width"]
+    steerable: Bool[Tensor, " batch"]
+
+
+class Steerer:
+    """Steers any encoder-decoder summarizer by relevance attention.
+
+    Args:
+        model: A transformers encoder-decoder model with a language-model head, see
+            `relattn.families.SUPPORTED`. It is not changed; between calls it generates as ever.
+        tokenizer: The tokenizer of the source text.
+        relevance: How relevance is computed; the paper's by default. See `relattn.relevance.Relevance` about
+            its temperature: "auto" often steers better than the paper's 1.
+        weight: w, 0 (plain) to 1. 0.12 is the released code's example for BART.
+        module: A trained `RelAttnModule`, in place of relevance and weight.
+        target_tokenizer: The tokenizer of the summary where it is another one (EncoderDecoderModel).
+        max_source_tokens: Longer documents are cut, with a warning. By default the model's or tokenizer's
+            limit.
+
+    Raises:
+        InputError: The model is not supported, or an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        relevance: Relevance | None = None,
+        weight: Weight = 0.12,
+        *,
+        module: RelAttnModule | None = None,
+        target_tokenizer: Any = None,
+        max_source_tokens: int | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = cross_attentions(model)
+        self.tokenizer = tokenizer
+        self.target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
+        if module is not None and relevance is not None:
+            raise InputError(
+                "expected a module or a relevance, got both: a module has its own", field="relevance"
+            )
+        self.module = module
+        self._relevance = EmbeddingRelevance() if relevance is None else relevance
+        self.weight = weight
+        if module is not None and (module.config.layers, module.config.heads) != self._shape:
+            raise InputError(
+                f"expected {self._shape[0]} layers and {self._shape[1]} heads as the model has,"
+                f" got {module.config.layers} and {module.config.heads}",
+                field="module",
+            )
+        self.max_source_tokens = self._limit(max_source_tokens)
+
+    @property
+    def relevance_settings(self) -> Relevance:
+        """The relevance in use."""
+        return self._relevance if self.module is None else self.module.relevance
+
+    def relevance(
+        self,
+        documents: Sequence[str],
+        controls: Sequence[Control | None],
+        *,
+        batch_size: int = 8,
+        on_empty: Literal["error", "plain"] = "error",
+    ) -> list[RelevanceResult]:
+        """The relevance of each document's tokens to its control. Errors as for `generate`."""
+        texts, asked = self._read(documents, controls, on_empty)
+        found: dict[int, RelevanceResult] = {}
+        with torch.no_grad(), evaluating(self.model):
+            for members in _batches(texts, batch_size):
+                batch = self._prepare([texts[n] for n in members], [asked[n] for n in members])
+                for row, n in enumerate(members):
+                    found[n] = self._result(batch, row, texts[n], asked[n])
+        return [found[n] for n in range(len(texts))]
+
+    @contextmanager
+    def steer(
+        self, batch: Any, controls: Sequence[Control | None], weight: Weight | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Inside the block the model is steered: call `model.generate`, or the model itself.
+
+        Differentiable: gradients reach the model, and the module's parameters where the steerer has one.
+
+        Args:
+            batch: What the tokenizer gives: a mapping with input_ids (batch, tokens) and attention_mask.
+            controls: One control a row; None or blank leaves its row as it is.
+            weight: As for `generate`, without "online"; the steerer's by default.
+
+        Yields:
+            Arguments for `generate` or a forward pass that save a second encoder pass:
+            ``with steerer.steer(batch, controls) as inputs: model.generate(**inputs)``. Calling
+            ``model.generate(**batch)`` gives the same.
+
+        Raises:
+            InputError: As for `generate`.
+        """
+        ids = batch["input_ids"]
+        mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
+        asked = read_controls(self.tokenizer, controls, len(ids), "plain")
+        tokens = [self.tokenizer.convert_ids_to_tokens(i[m].tolist()) for i, m in zip(ids, mask, strict=True)]
+        prepared = self._behind_encoder(ids, mask, asked, tokens)
+        w = self._weights(prepared, weight, range(len(ids)), len(ids))
+        with steered(self.layers, prepared.contexts, w.to(prepared.a_rel)):
+            yield prepared.encoded.rows(torch.arange(len(ids), device=ids.device))
+
+    def generate(
+        self,
+        documents: Sequence[str],
+        controls: Sequence[Control | None],
+        weight: Weight | Literal["online"] | None = None,
+        **options: Any,
+    ) -> list[ControlledSummary]:
+        """Summaries, one a document, each about its own control.
+
+        Args:
+            documents: The texts.
+            controls: One control a document: a phrase or several.
+            weight: w, from 0 to 1: a number for all, one a document, or a tensor of shape (documents or 1,),
+                (documents or 1, layers) or (documents or 1, layers, heads); "online" tries a grid of weights
+                for each document and selects without a reference. The steerer's (or its module's) by default.
+            **options: `iterate`'s options, and any argument of the model's `generate` (num_beams,
+            max_length...).
+                What is not given comes from the model's generation settings; beam search with 4 beams, no
+                sampling and 142 new tokens where these say nothing.
+
+        Raises:
+            InputError: A blank document; another number of controls than documents; a blank control, or one
+                of unknown tokens only; a weight outside [0, 1] or of another shape; a model that is being
+                steered already; online selection with sampling but no seed.
+        """
+        found = dict(self.iterate(documents, controls, weight, **options))
+        return [found[number] for number in range(len(documents))]
+
+    def iterate(
+        self,
+        documents: Sequence[str],
+        controls: Sequence[Control | None],
+        weight: Weight | Literal["online"] | None = None,
+        *,
+        batch_size: int = 8,
+        max_rows: int | None = None,
+        grid: Sequence[float] = GRID,
+        similarity: Similarity = "rouge1",
+        select: Selector = "consensus",
+        on_empty: Literal["error", "plain"] = "error",
+        seed: int | None = None,
+        **generate_arguments: Any,
+    ) -> Iterator[tuple[int, ControlledSummary]]:
+        """As `generate`, but gives (number of the document, summary) as soon as a batch is done.
+
+        Args:
+            documents: See `generate`.
+            controls: See `generate`.
+            weight: See `generate`.
+            batch_size: Documents encoded together; documents of like length go together.
+            max_rows: (Document, weight) rows decoded together; by default as many as fit into memory.
+            grid: Weights that online selection tries, ascending; the first is its anchor.
+            similarity: What online selection compares candidates with, see `online_select`.
+            select: "consensus" is the paper's selection; "coverage" takes the candidate that covers the most
+                relevance (`coverage_select`), which is not.
+            on_empty: What a blank control means: an "error", or a "plain" summary.
+            seed: Makes sampling repeatable; the global random state is not touched then.
+            **generate_arguments: See `generate`.
+        """
+        texts, asked = self._read(documents, controls, on_empty)
+        settings = generation_settings(self.model, generate_arguments)
+        online = isinstance(weight, str)
+        if online:
+            _check_online(weight, grid, select, seed, setting(self.model, settings, "do_sample", False))
+        elif weight is not None or self.module is None:
+            self._given_weight(self.weight if weight is None else weight, len(texts))
+        with torch.no_grad():
+            for number, members in enumerate(_batches(texts, batch_size)):
+                with evaluating(self.model):
+                    batch = self._prepare([texts[n] for n in members], [asked[n] for n in members])
+                fit = rows_that_fit(self.model, settings, len(self.layers), batch.encoded.mask.shape[1])
+                start = None if seed is None else seed + 1_000_003 * number
+                decode = _Decoding(self, batch, settings, min(max_rows or fit, fit), start)
+                results = [self._result(batch, row, texts[n], asked[n]) for row, n in enumerate(members)]
+                if online:
+                    summaries = self._online(batch, results, texts, members, decode, grid, similarity, select)
+                else:
+                    w = self._weights(batch, weight, members, len(texts))
+                    lines = decode(torch.arange(len(members)), w)
+                    means = w.mean((1, 2)).tolist()
+                    summaries = [ControlledSummary(*row) for row in zip(lines, means, results, strict=True)]
+                yield from zip(members, summaries, strict=True)
+
+    def _online(
+        self,
+        batch: _Batch,
+        results: Sequence[RelevanceResult],
+        texts: Sequence[SourceDocument],
+        members: Sequence[int],
+        decode: Callable[[Tensor, Tensor], list[str]],
+        grid: Sequence[float],
+        similarity: Similarity,
+        select: Selector,
+    ) -> list[ControlledSummary]:
+        """Every document under every weight of the grid, then the selection. No control: decoded once."""
+        pairs = [
+            (row, w) for row, can in enumerate(batch.steerable.tolist()) for w in (grid if can else (0.0,))
+        ]
+        index = torch.tensor([row for row, _ in pairs])
+        weights = torch.tensor([w for _, w in pairs], dtype=torch.float64)[:, None, None].expand(
+            -1, *self._shape
+        )
+        lines = decode(index, weights)
+        found = []
+        for row, result in enumerate(results):
+            mine = [(w, line) for (r, w), line in zip(pairs, lines, strict=True) if r == row]
+            candidates = [line for _, line in mine]
+            chosen = consensus(candidates, similarity)
+            kept, best = set(chosen.kept), chosen.index
+            if select == "coverage":
+                best = self._covering(candidates, texts[members[row]], result)
+            tried = tuple(Candidate(w, line, i in kept) for i, (w, line) in enumerate(mine))
+            listed = tried if batch.steerable[row] else ()
+            found.append(ControlledSummary(candidates[best], mine[best][0], result, listed))
+        return found
+
+    def _covering(self, candidates: Sequence[str], document: SourceDocument, result: RelevanceResult) -> int:
+        # A leading space gives a summary's first word the form that it has inside the source.
+        tokens = [self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] for text in candidates]
+        return coverage_select(candidates, tokens, document.ids, result.a_rel.tolist())
+
+    def _limit(self, given: int | None) -> int | None:
+        if given is not None and given < 1:
+            raise InputError("expected 1 or more", field="max_source_tokens", value=given)
+        named = getattr(self.tokenizer, "model_max_length", None)
+        limits = [given, source_limit(self.model), named if named is not None and named < 1e9 else None]
+        return min((n for n in limits if n is not None), default=None)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return len(self.layers), self.layers[0].heads
+
+    def _read(
+        self, documents: Sequence[str], controls: Sequence[Control | None], on_empty: str
+    ) -> tuple[list[SourceDocument], list[EncodedControl | None]]:
+        texts = read_documents(self.tokenizer, documents, self.max_source_tokens)
+        return texts, read_controls(self.tokenizer, controls, len(texts), on_empty)
+
+    def _prepare(self, texts: Sequence[SourceDocument], asked: Sequence[EncodedControl | None]) -> _Batch:
+        ids, mask = pad([text.ids for text in texts], self._pad_id)
+        return self._behind_encoder(ids, mask, asked, [text.tokens for text in texts])
+
+    @property
+    def _pad_id(self) -> int:
+        found = (self.model.config.pad_token_id, self.tokenizer.pad_token_id, 0)
+        return next(i for i in found if i is not None)
+
+    def _behind_encoder(
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        mask: Bool[Tensor, "batch tokens"],
+        asked: Sequence[EncodedControl | None],
+        tokens: Sequence[Sequence[str]],
+    ) -> _Batch:
+        """One encoder pass, relevance, and the context vector of each layer."""
+        device = self.model.device
+        encoded = self._encode(ids.to(device), mask.to(device))
+        # A document without control is never steered; a pad stands in for it, so that shapes fit.
+        control_ids, control_mask = pad([c.ids if c else [self._pad_id] for c in asked], self._pad_id)
+        vectors = source_embeddings(self.model, control_ids.to(device))
+        inputs = RelevanceInputs(
+            control_ids.to(device),
+            control_mask.to(device),
+            vectors,
+            encoded.source_vectors,
+            encoded.mask,
+            [c.phrases if c else () for c in asked],
+            tokens,
+        )
+        scores = self.relevance_settings.scores(inputs)
+        a_rel = self.relevance_settings.distribution(scores, encoded.mask)
+        context = relevant_context(a_rel, encoded.decoder_states)
+        contexts = context_vectors(self.layers, context, encoded.decoder_states.dtype)
+        steerable = torch.tensor([c is not None for c in asked], device=device)
+        return _Batch(encoded, scores, a_rel, contexts, masked_mean(vectors, inputs.control_mask), steerable)
+
+    def _encode(self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> EncodedBatch:
+        arguments = encoder_arguments(self.model, ids)
+        output = encoder_of(self.model)(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            output_hidden_states=True,
+            return_dict=True,
+            **arguments,
+        )
+        states = output.last_hidden_state
+        # Some encoders (PEGASUS-X, block-sparse BigBird) pad to a multiple of their block inside.
+        return EncodedBatch(
+            ids, mask, output.hidden_states[0][:, : ids.shape[1]], states, decoder_view(self.model, states)
+        )
+
+    def _result(
+        self, batch: _Batch, row: int, document: SourceDocument, control: EncodedControl | None
+    ) -> RelevanceResult:
+        real = batch.encoded.mask[row]
+        scores, a_rel = batch.scores[row][real].cpu(), batch.a_rel[row][real].cpu()
+        best = int(scores.masked_fill(torch.tensor(document.special), -torch.inf).argmax())
+        return RelevanceResult(
+            a_rel,
+            scores,
+            document.tokens,
+            document.offsets,
+            effective_support(a_rel[None]).item(),
+            () if control is None else control.phrases,
+            warnings_about(document, control, best),
+        )
+
+    def _weights(
+        self, batch: _Batch, weight: Weight | None, members: Sequence[int], documents: int
+    ) -> Float[Tensor, "batch layers heads"]:
+        """Weights of the documents of a batch; 0 where there is no control."""
+        if weight is None and self.module is not None:
+            source_mean = masked_mean(batch.encoded.states, batch.encoded.mask)
+            w = self.module(batch.control_mean, source_mean)
+        else:
+            w = self._given_weight(self.weight if weight is None else weight, documents)[list(members)]
+        return torch.where(batch.steerable.to(w.device)[:, None, None], w, torch.zeros_like(w))
+
+    def _given_weight(self, weight: Weight, documents: int) -> Float[Tensor, "documents layers heads"]:
+        w = torch.as_tensor(weight, dtype=torch.float64)  # 0.12 stays 0.12 in what is reported
+        shape = (documents, *self._shape)
+        full = w[(...,) + (None,) * (3 - w.ndim)] if 0 < w.ndim <= 3 else w
+        if w.ndim > 3 or any(have not in (1, want) for have, want in zip(full.shape, shape, strict=False)):
+            raise InputError(
+                f"expected a number, or shape ({documents},), {shape[:2]} or {shape}"
+                f" (1 may stand for {documents}), got shape {tuple(w.shape)}",
+                field="weight",
+            )
+        full = full.expand(shape)
+        check_weight(full.detach())
+        return full
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """Decodes (document, weight) rows in chunks that fit into memory."""
+
+    steerer: Steerer
+    batch: _Batch
+    settings: dict[str, Any]
+    max_rows: int
+    seed: int | None
+
+    def __call__(self, index: Int[Tensor, " rows"], weight: Float[Tensor, "rows layers heads"]) -> list[str]:
+        device = self.batch.a_rel.device
+        lines: list[str] = []
+        for number, start in enumerate(range(0, len(index), self.max_rows)):
+            chunk = slice(start, start + self.max_rows)
+            ids = decode_rows(
+                self.steerer.model,
+                self.steerer.layers,
+                self.batch.encoded,
+                self.batch.contexts,
+                index[chunk].to(device),
+                weight[chunk].to(self.batch.a_rel),
+                self.settings,
+                None if self.seed is None else self.seed + number,
+            )
+            texts = self.steerer.target_tokenizer.batch_decode(ids, skip_special_tokens=True)
+            lines += [text.strip() for text in texts]
+        return lines
+
+
+def _batches(texts: Sequence[SourceDocument], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of documents in batches of like length: less padding, and nothing else."""
+    if batch_size < 1:
+        raise InputError("expected 1 or more", field="batch_size", value=batch_size)
+    order = sorted(range(len(texts)), key=lambda n: len(texts[n].ids))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _check_online(weight: str, grid: Sequence[float], select: str, seed: int | None, sampling: bool) -> None:
+    if weight != "online":
+        raise InputError('expected a number from 0 to 1, or "online"', field="weight", value=weight)
+    if not grid or list(grid) != sorted(set(grid)) or not all(0 <= w <= 1 for w in grid):
+        raise InputError("expected weights from 0 to 1, ascending", field="grid", value=list(grid))
+    if select not in ("consensus", "coverage"):
+        raise InputError('expected "consensus" or "coverage"', field="select", value=select)
+    if sampling and seed is None:
+        raise InputError("online selection among sampled summaries needs a seed", field="seed", value=seed)
