@@ -65,6 +65,7 @@ def plane_sum(
     live: Sequence[int] | None = None,
     *,
     compiled: bool = False,
+    buffers: GradientBuffers | None = None,
 ) -> Float[Tensor, "*shape"]:
     """`bit_weight` for mask gates that are given in [0, 1], soft or fixed.
 
@@ -77,11 +78,12 @@ def plane_sum(
         live: the planes to compute, ascending; the others are taken as switched off, cost nothing and get the
             gradient 0. All planes unless given.
         compiled: as in `bit_weight`.
+        buffers: memory to reuse for gradients, step after step.
     """
     planes = tuple(range(len(gates))) if live is None else tuple(live)
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=positive.dtype, device=positive.device)
-    return _PlaneSum.apply(positive, negative, gates, scale, temperature, planes, compiled)  # pyright: ignore[reportReturnType]
+    return _PlaneSum.apply(positive, negative, gates, scale, temperature, planes, compiled, buffers)  # pyright: ignore[reportReturnType]
 
 
 def naive_bit_weight(
@@ -110,14 +112,15 @@ class _PlaneSum(torch.autograd.Function):
         temperature: Tensor,
         live: tuple[int, ...],
         compiled: bool,
+        buffers: GradientBuffers | None,
     ) -> Tensor:
         ctx.save_for_backward(positive, negative, gates, scale, temperature)
-        ctx.live, ctx.compiled = live, compiled
+        ctx.live, ctx.compiled, ctx.buffers = live, compiled, buffers
         # Products of place values and 0/1 gates are whole numbers, exact in float32; the step comes last. A
         # weight whose gates have all closed is therefore step · integer, to the last bit.
         factors = gates * place_values(gates)
         total = positive.new_zeros(positive[0].numel())
-        kernel = kernels.forward(compiled, positive)
+        kernel = kernels.forward(compiled)
         for part in _parts(live, total.numel(), compiled):
             kernel(_rows(positive, part), _rows(negative, part), factors[part], temperature, total)
         return (total * step_size(scale, len(gates))).view(positive.shape[1:])
@@ -135,9 +138,9 @@ class _PlaneSum(torch.autograd.Function):
         upstream = upstream.to(positive.dtype).reshape(-1)
         values = place_values(gates)
         factors = gates * values * step * temperature
-        d_positive, d_negative = torch.empty_like(positive), torch.empty_like(negative)
+        d_positive, d_negative = _empty(ctx.buffers, positive), _empty(ctx.buffers, negative)
         inner = torch.zeros_like(gates)  # Σ_i (p_i - q_i) G_i of each plane
-        kernel = kernels.backward(ctx.compiled, positive)
+        kernel = kernels.backward(ctx.compiled)
         for part in _parts(ctx.live, upstream.numel(), ctx.compiled):
             into = _rows(d_positive, part), _rows(d_negative, part)
             rows = _rows(positive, part), _rows(negative, part)
@@ -147,7 +150,43 @@ class _PlaneSum(torch.autograd.Function):
             d_negative[dead].zero_()
         d_gates = values * step * inner
         d_scale = (gates * values * inner).sum() / (2**n - 1)
-        return d_positive, d_negative, d_gates, d_scale, None, None, None
+        return d_positive, d_negative, d_gates, d_scale, None, None, None, None
+
+
+class GradientBuffers:
+    """Memory for the gradients of one layer's planes, used again when nothing else holds on to it.
+
+    Gradients of 2n planes are large, and fresh memory of that size costs the CPU more in page faults than the
+    gradients take to compute. (On a GPU, torch's allocator keeps memory already.)
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[torch.UntypedStorage, int]] = []
+
+    def empty(self, like: Tensor) -> Tensor:
+        """A tensor as `like`, of any content."""
+        for storage, own_uses in self._kept:
+            if storage.nbytes() == like.nbytes and _uses(storage) == own_uses:
+                return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape, like.stride())  # pyright: ignore[reportArgumentType, reportCallIssue]
+        made = torch.empty_like(like)
+        if len(self._kept) < 2:  # one for each sign; more are asked for where gradients are accumulated
+            storage = made.untyped_storage()
+            self._kept.append((storage, _uses(storage) - 1))
+        return made
+
+    def __deepcopy__(self, memo: object) -> GradientBuffers:
+        return GradientBuffers()
+
+
+def _uses(storage: torch.UntypedStorage) -> int:
+    return torch._C._storage_Use_Count(storage._cdata)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _empty(buffers: GradientBuffers | None, like: Tensor) -> Tensor:
+    on_cpu = like.device.type == "cpu" and not torch.compiler.is_compiling()
+    if buffers is None or not on_cpu or not like.is_contiguous():
+        return torch.empty_like(like)
+    return buffers.empty(like)
 
 
 def place_values(gates: Float[Tensor, " planes"]) -> Float[Tensor, " planes"]:

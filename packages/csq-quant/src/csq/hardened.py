@@ -98,7 +98,7 @@ def _warn(model: nn.Module, layers: tuple[LayerReport, ...]) -> None:
         planned = f" of {steps:g}" if steps == steps else ""
         warnings.warn(
             f"hardened at temperature {beta:.3g} after {done}{planned} scheduled steps: the largest change "
-            f"of a layer's weight is {gap:.1%}, so the hardened model may be less accurate than the trained one",
+            f"of a layer's weight is {gap:.1%}, so the hardened model may do worse than the trained one",
             stacklevel=3,
         )
 

@@ -49,7 +49,7 @@ def parametrize(
         select: further choice: called with a layer's name and module, True to take it.
         mask: `fixed` gives all layers all n planes for good (CSQ-uniform).
         gate_init: see `csq.BitPlanes`.
-        kernel: `eager` or `compiled` (torch.compile, which takes some 20 s once, and is cached on disk);
+        kernel: `eager` or `compiled` (torch.compile, which takes some 10 s once, and is cached on disk);
             `auto` compiles where a compiler is found and the model has at least a million such weights. The
             environment variable CSQ_KERNEL overrules `auto`.
 
@@ -72,7 +72,7 @@ def parametrize(
     found = list(_weights(unwrap(model), tuple(skip), select))
     _check_weights(found)
     count = sum({id(weight): weight.numel() for *_, weight in found}.values())
-    compiled = kernels.choose(kernel, count)
+    compiled = kernels.choose(kernel, count, found[0][3].device)
     made: dict[int, BitPlanes] = {}  # by the identity of the weight: tied layers share one
     for _, module, tensor_name, weight in found:
         planes = made.get(id(weight))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from csq.functional import plane_sum, step_size
+from csq.functional import GradientBuffers, plane_sum, step_size
 
 DEAD = -17.0
 """β m_B below which a mask gate is 0 in float32 arithmetic (4e-8), and its plane is skipped."""
@@ -76,6 +76,7 @@ class BitPlanes(nn.Module):
         self.register_buffer("plan", torch.full((PLAN_FIELDS,), math.nan, dtype=torch.float64, device=device))
         # m0 of weight and mask gates that the gain undoes; 0 for none.
         self.register_buffer("centres", torch.tensor([gate_init if centred else 0.0] * 2, device=device))
+        self._gradient_memory = GradientBuffers()
         self._live_planes = tuple(range(n_bits))
         self._fixed = not searching
         self.reset(weight)
@@ -111,6 +112,7 @@ class BitPlanes(nn.Module):
                 self.temperature,
                 self._live_planes,
                 compiled=self.compiled,
+                buffers=self._gradient_memory,
             )
             return weight.to(self.dtype)
 

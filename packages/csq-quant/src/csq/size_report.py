@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from csq.parametrization import bit_layers, places, unwrap
-from csq.storage import paper_bits, stored_bits
+from csq.storage import CODEBOOK_BITS, paper_bits, stored_form
 from shared_core import InputError
 
 
@@ -53,7 +53,17 @@ class LayerReport:
     @property
     def stored_bits(self) -> int:
         """Bits a weight takes in a file, the sign and gaps between planes included."""
-        return stored_bits(self.mask, used_values=int(torch.unique(self.codes).numel()))
+        return self._form[0]
+
+    @property
+    def codebook_entries(self) -> int:
+        """Values in the file's codebook, 16 bits each; 0 where weights are stored as plain numbers."""
+        return self._form[1]
+
+    @cached_property
+    def _form(self) -> tuple[int, int]:
+        width, _, codebook = stored_form(self.codes.numpy())
+        return width, 0 if codebook is None else len(codebook)
 
     def weight(self) -> Float[Tensor, "..."]:
         """The weight in float32, exactly as a hardened model has it."""
@@ -90,8 +100,11 @@ class Report:
 
     @property
     def stored_bits(self) -> int:
-        """Bits that all quantized weights take in a file."""
-        return sum(layer.stored_bits * layer.weights for layer in self.layers)
+        """Bits that all quantized weights take in a file, codebooks included."""
+        return sum(
+            layer.stored_bits * layer.weights + CODEBOOK_BITS * layer.codebook_entries
+            for layer in self.layers
+        )
 
     @property
     def compression(self) -> float:

@@ -1,0 +1,175 @@
+"""A hardened model in a file: integers at their stored width, the rest as it is, safetensors throughout.
+
+For each quantized weight the file has one bit stream `<name>.codes` (and `<name>.codebook` where that is
+smaller); `csq.steps` and `csq.masks` have a row a layer. The metadata says how to read them, and nothing is
+unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from csq.hardened import attach
+from csq.parametrization import bit_layers, unwrap
+from csq.size_report import LayerReport, Report, report
+from csq.storage import Packed, pack_codes, unpack_codes
+from shared_core import InputError
+from shared_core.files import atomic_path
+
+Model = TypeVar("Model", bound=nn.Module)
+
+FORMAT = "csq"
+VERSION = 1
+
+
+def save(final: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Write a hardened model; the file appears, or replaces an older one, only when it is whole.
+
+    Args:
+        final: what `csq.harden` or `csq.load` returned. Its weights must still be those.
+        path: the file, by custom `.safetensors`.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        InputError: not a hardened model, weights that changed since, a path that cannot be written.
+    """
+    if bit_layers(final):
+        raise InputError("still has soft gates; save csq.harden(model)", field="model")
+    scheme = report(final)
+    state = unwrap(final).state_dict()
+    _check_unchanged(scheme, state)
+    quantized = {key for layer in scheme.layers for key in layer.tensors}
+    tensors, shared = _without_copies({key: t for key, t in state.items() if key not in quantized})
+    table = []
+    for layer in scheme.layers:
+        packed = pack_codes(layer.codes.numpy())
+        tensors[f"{layer.name}.codes"] = torch.from_numpy(packed.stream)
+        if packed.codebook is not None:
+            tensors[f"{layer.name}.codebook"] = torch.from_numpy(packed.codebook)
+        table.append([layer.name, *layer.tensors, list(layer.shape), packed.width, packed.offset])
+    tensors["csq.steps"] = torch.tensor([layer.step for layer in scheme.layers], dtype=torch.float32)
+    tensors["csq.masks"] = torch.tensor([layer.mask for layer in scheme.layers], dtype=torch.uint8)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "layers": _compact(table),
+        "shared": _compact(shared),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+    return os.path.getsize(path)
+
+
+def load(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Fill a plain model (torchvision, timm, transformers or any other) with a file's weights, exactly.
+
+    Args:
+        model: of the architecture that was saved, as before `csq.parametrize`; changed in place.
+        path: a file of `csq.save`.
+
+    Returns:
+        The same model, with `report`.
+
+    Raises:
+        InputError: no such file, another format or version, a damaged file, a model that does not fit it.
+    """
+    if bit_layers(model):
+        raise InputError("has bit planes; load into a plain model", field="model")
+    tensors, metadata = _read(path)
+    layers, state = [], {}
+    try:
+        steps, masks = tensors.pop("csq.steps").tolist(), tensors.pop("csq.masks").bool().tolist()
+        table = json.loads(metadata["layers"])
+        for (name, *keys, shape, width, offset), step, mask in zip(table, steps, masks, strict=True):
+            stream, codebook = tensors.pop(f"{name}.codes").numpy(), tensors.pop(f"{name}.codebook", None)
+            values = None if codebook is None else codebook.numpy()
+            codes = unpack_codes(Packed(stream, int(np.prod(shape)), width, offset, values)).reshape(shape)
+            layer = LayerReport(name, tuple(keys), tuple(mask), step, torch.from_numpy(codes.copy()))
+            layers.append(layer)
+            state.update(dict.fromkeys(keys, layer.weight()))
+        state.update(tensors)
+        state.update({key: state[source] for key, source in json.loads(metadata["shared"]).items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"is damaged: {error}", file=path) from error
+    target = unwrap(model)
+    _check_fit(target, state, path)
+    target.load_state_dict(state)
+    quantized = {key for layer in layers for key in layer.tensors}
+    rest = sum(t.numel() for key, t in tensors.items() if key not in quantized and t.is_floating_point())
+    attach(target, Report(tuple(layers), rest))
+    return model
+
+
+def _check_unchanged(scheme: Report, state: dict[str, Tensor]) -> None:
+    for layer in scheme.layers:
+        for key in layer.tensors:
+            weight = state.get(key)
+            if weight is None or not torch.equal(weight.cpu(), layer.weight().to(weight.dtype)):
+                raise InputError(
+                    "its weight is no longer the quantized one; train the soft model and harden again",
+                    field=key,
+                )
+
+
+def _without_copies(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, and which keys are other names of them (tied parameters)."""
+    kept: dict[str, Tensor] = {}
+    names: dict[Any, str] = {}
+    shared: dict[str, str] = {}
+    for key, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
+        if place in names:
+            shared[key] = names[place]
+        else:
+            names[place] = key
+            kept[key] = tensor.detach().cpu().contiguous().clone()
+    return kept, shared
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not Path(path).is_file():
+        raise InputError("there is no such file", file=path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError("is no file of csq.save", file=path)
+            if metadata.get("version") != str(VERSION):
+                raise InputError(
+                    f"expected format version {VERSION}; a newer csq-quant may read it",
+                    file=path,
+                    field="version",
+                    value=metadata.get("version"),
+                )
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise InputError(f"is no whole safetensors file: {error}", file=path) from error
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    own = model.state_dict()
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if missing or surplus or shapes:
+        problems = [f"the file lacks {', '.join(missing[:3])}"] if missing else []
+        problems += [f"the model lacks {', '.join(surplus[:3])}"] if surplus else []
+        raise InputError(f"holds another architecture: {'; '.join(problems + sorted(shapes)[:3])}", file=path)
