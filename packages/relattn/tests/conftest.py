@@ -31,6 +31,13 @@ settings.register_profile(
 settings.load_profile("house")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # transformers imports torchao where there is one. torchao 0.18 has unescaped backslashes in docstrings,
+    # of which Python warns when it compiles them. May go when torchao has none.
+    for category in ("DeprecationWarning", "SyntaxWarning"):  # the latter from Python 3.12 on
+        config.addinivalue_line("filterwarnings", f"ignore:.*invalid escape sequence:{category}")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -126,12 +126,12 @@ def _build(name: str) -> PreTrainedModel:
         case "led":
             config = _bart_like(hf.LEDConfig, attention_window=4, max_encoder_position_embeddings=160)
             return hf.LEDForConditionalGeneration(config)
-        case "prophetnet":
+        case "prophetnet":  # with a cache its positions are right only if the pad is id 0
             config = hf.ProphetNetConfig(
                 vocab_size=VOCAB, hidden_size=16, encoder_ffn_dim=24, decoder_ffn_dim=24,
                 num_encoder_layers=2,
                 num_decoder_layers=2, num_encoder_attention_heads=4, num_decoder_attention_heads=4,
-                max_position_embeddings=160, pad_token_id=1, bos_token_id=0, eos_token_id=2, init_std=0.4,
+                max_position_embeddings=160, pad_token_id=0, bos_token_id=1, eos_token_id=2, init_std=0.4,
                 decoder_start_token_id=2,
             )  # fmt: skip
             return hf.ProphetNetForConditionalGeneration(config)

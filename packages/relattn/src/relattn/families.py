@@ -83,12 +83,15 @@ def source_embeddings(model: PreTrainedModel, ids: Int[Tensor, "*shape"]) -> Flo
     Models whose encoder and decoder have tables of their own (EncoderDecoderModel, FSMT, untied T5) speak of
     the source in the encoder's.
     """
-    table = encoder_of(model).get_input_embeddings().weight
-    assert isinstance(table, Tensor)
-    return nn.functional.embedding(ids.to(table.device), table)
+    encoder = encoder_of(model)
+    own = isinstance(encoder, PreTrainedModel)  # FSMT's encoder is not
+    table = encoder.get_input_embeddings() if own else encoder.embed_tokens
+    assert isinstance(table, nn.Module)
+    assert isinstance(table.weight, Tensor)
+    return nn.functional.embedding(ids.to(table.weight.device), table.weight)
 
 
-def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+def encoder_of(model: PreTrainedModel) -> nn.Module:
     """The model's encoder."""
     return _part(model, "encoder")
 
@@ -120,7 +123,7 @@ def uses_attention_interface(model: PreTrainedModel) -> bool:
 
 def source_limit(model: PreTrainedModel) -> int | None:
     """The most source tokens for which the encoder has positions, None where positions have no end (T5)."""
-    config = encoder_of(model).config if hasattr(encoder_of(model), "config") else model.config
+    config = getattr(encoder_of(model), "config", model.config)
     names = ("max_encoder_position_embeddings", "max_position_embeddings")  # the first is LED's
     limit = next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
     if limit is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
@@ -128,7 +131,7 @@ def source_limit(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def _part(model: PreTrainedModel, which: str) -> PreTrainedModel:
+def _part(model: PreTrainedModel, which: str) -> nn.Module:
     part = model.get_encoder() if which == "encoder" else model.get_decoder()
     if part is None or part is model:
         raise _unsupported(f"{type(model).__name__} has no {which} of its own")

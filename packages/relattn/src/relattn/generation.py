@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,7 +61,7 @@ class EncodedBatch:
         return {
             "input_ids": self.input_ids[index],
             "attention_mask": self.mask[index].long(),
-            "encoder_outputs": BaseModelOutput(last_hidden_state=self.states[index]),  # pyright: ignore[reportArgumentType]
+            "encoder_outputs": BaseModelOutput(last_hidden_state=cast(Any, self.states[index])),
         }
 
 

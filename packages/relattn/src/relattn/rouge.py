@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -17,8 +16,6 @@ from nltk.stem.porter import PorterStemmer
 from numpy import ndarray
 
 from shared_core import InputError
-
-RougeKind = Literal["rouge1", "rouge2", "rougeL"]
 
 _stemmer = PorterStemmer()
 _NOT_ALPHANUMERIC = re.compile(r"[^a-z0-9]+")
@@ -49,7 +46,7 @@ def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
     return _f1(_common_subsequence(first, second), len(first), len(second))
 
 
-def rouge_f1(first: str, second: str, kind: RougeKind = "rouge1") -> float:
+def rouge_f1(first: str, second: str, kind: str = "rouge1") -> float:
     """ROUGE F1 of two texts, 0 to 1; the order does not matter.
 
     >>> round(rouge_f1("jazz music at night", "music at dawn"), 4)
@@ -59,7 +56,7 @@ def rouge_f1(first: str, second: str, kind: RougeKind = "rouge1") -> float:
     return rouge_l(a, b) if _checked(kind) == "rougeL" else rouge_n(a, b, int(kind[-1]))
 
 
-def pairwise_rouge(texts: Sequence[str], kind: RougeKind = "rouge1") -> Float[ndarray, "texts texts"]:
+def pairwise_rouge(texts: Sequence[str], kind: str = "rouge1") -> Float[ndarray, "texts texts"]:
     """ROUGE F1 of each text with each other, 0 to 1, float64; symmetric."""
     stemmed = [stems(text) for text in texts]
     if _checked(kind) == "rougeL":

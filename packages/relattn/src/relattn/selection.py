@@ -6,7 +6,6 @@ Nothing here sees a reference, the control or a likelihood: the candidates alone
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -25,7 +24,7 @@ DISTINCT_LIMIT = 0.6
 """A candidate is kept only if its share of different words is above this."""
 
 PairwiseSimilarity = Callable[[Sequence[str]], Float[ndarray, "texts texts"]]
-Similarity = Literal["rouge1", "rouge2", "rougeL", "bertscore"] | PairwiseSimilarity
+Similarity = str | PairwiseSimilarity
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _pairwise(texts: Sequence[str], similarity: Similarity) -> Float[ndarray, "t
 
         similarity = BertScore.from_pretrained()
     if isinstance(similarity, str):
-        return pairwise_rouge(texts, similarity)  # pyright: ignore[reportArgumentType]
+        return pairwise_rouge(texts, similarity)
     matrix = np.array(similarity(texts), dtype=np.float64)
     if matrix.shape != (len(texts), len(texts)):
         raise InputError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,7 +35,6 @@ from relattn.weights import RelAttnModule, masked_mean
 from shared_core import InputError
 
 Weight = float | int | Sequence[float] | Tensor
-Selector = Literal["consensus", "coverage"]
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Steerer:
         controls: Sequence[Control | None],
         *,
         batch_size: int = 8,
-        on_empty: Literal["error", "plain"] = "error",
+        on_empty: str = "error",
     ) -> list[RelevanceResult]:
         """The relevance of each document's tokens to its control. Errors as for `generate`."""
         texts, asked = self._read(documents, controls, on_empty)
@@ -218,7 +217,7 @@ class Steerer:
         self,
         documents: Sequence[str],
         controls: Sequence[Control | None],
-        weight: Weight | Literal["online"] | None = None,
+        weight: Weight | str | None = None,
         **options: Any,
     ) -> list[ControlledSummary]:
         """Summaries, one a document, each about its own control.
@@ -246,14 +245,14 @@ class Steerer:
         self,
         documents: Sequence[str],
         controls: Sequence[Control | None],
-        weight: Weight | Literal["online"] | None = None,
+        weight: Weight | str | None = None,
         *,
         batch_size: int = 8,
         max_rows: int | None = None,
         grid: Sequence[float] = GRID,
         similarity: Similarity = "rouge1",
-        select: Selector = "consensus",
-        on_empty: Literal["error", "plain"] = "error",
+        select: str = "consensus",
+        on_empty: str = "error",
         seed: int | None = None,
         **generate_arguments: Any,
     ) -> Iterator[tuple[int, ControlledSummary]]:
@@ -306,7 +305,7 @@ class Steerer:
         decode: Callable[[Tensor, Tensor], list[str]],
         grid: Sequence[float],
         similarity: Similarity,
-        select: Selector,
+        select: str,
     ) -> list[ControlledSummary]:
         """Every document under every weight of the grid, then the selection. No control: decoded once."""
         pairs = [

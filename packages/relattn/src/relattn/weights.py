@@ -15,7 +15,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,8 +54,8 @@ class RelAttnConfig:
     width: int
     layers: int
     heads: int
-    relevance: Literal["fixed", "trained"] = "fixed"
-    weight: Literal["fixed", "per_layer", "per_head", "linear"] = "fixed"
+    relevance: str = "fixed"
+    weight: str = "fixed"
     control_embedding: bool = True
     initial_weight: float = 0.12
     smooth_sigma: float | int | None = 1.0
@@ -117,7 +117,7 @@ class RelAttnModule(nn.Module):
             nn.init.constant_(self.linear.bias, logit)
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel, **settings: object) -> "RelAttnModule":
+    def for_model(cls, model: PreTrainedModel, **settings: Any) -> "RelAttnModule":
         """A module of the right shapes for a model; `settings` are `RelAttnConfig`'s other fields.
 
         Raises:
@@ -128,8 +128,8 @@ class RelAttnModule(nn.Module):
         for name in settings.keys() - known:
             raise InputError(f"expected one of {', '.join(sorted(known))}", field="settings", value=name)
         width = source_embeddings(model, torch.zeros(1, dtype=torch.long)).shape[1]
-        shapes = {"width": width, "layers": len(layers), "heads": layers[0].heads}
-        return cls(RelAttnConfig(**(shapes | settings))).to(model.device)  # pyright: ignore[reportArgumentType]
+        shapes: dict[str, Any] = {"width": width, "layers": len(layers), "heads": layers[0].heads}
+        return cls(RelAttnConfig(**(shapes | settings))).to(model.device)
 
     @property
     def relevance(self) -> EmbeddingRelevance:
