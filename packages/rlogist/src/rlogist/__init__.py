@@ -1,0 +1,62 @@
+"""RLogist: read a whole-slide image by looking at few of its regions in depth (AAAI 2023).
+
+    slide = rlogist.Slide("x.svs", scan_mpp=2.0, deep_mpp=0.5, patch=256)
+    patches = slide.read_region_block(0)  # one read, K deep patches; slide.ledger knows
+
+Zhao, Zhang, Ye, Cao, Han, Fu, Yang: "RLogist: Fast Observation Strategy on Whole-slide Images with Deep
+Reinforcement Learning", AAAI 2023, arXiv 2212.01737.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlogist.annotations import read_annotations
+    from rlogist.demo_slides import make_demo_slides
+    from rlogist.extractors import load_extractor
+    from rlogist.features import SlideFeatures, extract_features, read_features
+    from rlogist.layouts import read_labels, split_patients
+    from rlogist.ledger import ReadLedger
+    from rlogist.slides import Slide
+    from rlogist.tissue import Segmentation
+
+__all__ = [
+    "Slide",
+    "Segmentation",
+    "ReadLedger",
+    "load_extractor",
+    "extract_features",
+    "read_features",
+    "SlideFeatures",
+    "read_labels",
+    "split_patients",
+    "read_annotations",
+    "make_demo_slides",
+]
+
+# Each name is imported at first use, so that `rlogist --help` and its errors about options need no torch.
+_HOME = {
+    "Slide": "slides",
+    "Segmentation": "tissue",
+    "ReadLedger": "ledger",
+    "load_extractor": "extractors",
+    "extract_features": "features",
+    "read_features": "features",
+    "SlideFeatures": "features",
+    "read_labels": "layouts",
+    "split_patients": "layouts",
+    "read_annotations": "annotations",
+    "make_demo_slides": "demo_slides",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rlogist' has no attribute {name!r}")
+    value = getattr(import_module(f"rlogist.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
