@@ -1,0 +1,312 @@
+"""Activation quantizers PACT and LSQ, put before the layers of any model, static at inference.
+
+Each convolution and linear layer gets a quantizer of its input as the submodule `input_quantizer`, called by
+a hook: the model keeps its class and its forward, and state dict, copies and export see the quantizer. What
+non-negative inputs are (behind a ReLU) and what signed ones (behind a GELU or LayerNorm) is read off one
+example batch. Ranges are parameters: nothing depends on the batch that is being classified. (The official
+code scales by the maximum of each batch, also of test batches; that is not offered.)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from csq.rivals.lsq import at_least, initial_step, lsq_quantize
+from shared_core import InputError
+
+_SHARES = torch.linspace(0.2, 1.0, 33)
+"""Shares of the largest magnitude that are tried as the first clipping value."""
+
+
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Return the smallest and largest integer: 0 to 2^a - 1, or -2^(a-1) + 1 to 2^(a-1) - 1 where signed.
+
+    >>> integer_range(4, signed=False), integer_range(4, signed=True)
+    ((0, 15), (-7, 7))
+    """
+    if signed:
+        return -(1 << (bits - 1)) + 1, (1 << (bits - 1)) - 1
+    return 0, (1 << bits) - 1
+
+
+class _Pact(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x, alpha)
+        ctx.signed = low < 0
+        step = alpha / high
+        return (x / step).round().clamp(low, high) * step
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (gradient,) = gradients
+        x, alpha = ctx.saved_tensors
+        above = x >= alpha
+        below = x <= -alpha if ctx.signed else x < 0
+        by_alpha = gradient * above
+        if ctx.signed:
+            by_alpha = by_alpha - gradient * below
+        return gradient * ~(above | below), by_alpha.sum().view(alpha.shape), None, None
+
+
+def pact(x: Float[Tensor, "*shape"], alpha: Float[Tensor, ""], bits: int, signed: bool = False) -> Tensor:
+    """Return round(clip(x, 0, alpha) / s) s with s = alpha / (2^a - 1) (PACT, section 3.1 and equation 3).
+
+    d/dx is 1 where x is within (0, alpha) and 0 elsewhere, d/dalpha is 1 where x >= alpha. Signed, not in
+    the paper: clip(x, -alpha, alpha), s = alpha / (2^(a-1) - 1), and d/dalpha = -1 at the lower end.
+
+    Args:
+        x: Activations.
+        alpha: The clipping value, above 0.
+        bits: a, 2 to 16 (1 is allowed where not signed).
+        signed: Whether values below zero are kept.
+
+    Source: Choi et al. 2018, arXiv 1805.06085.
+    """
+    return _Pact.apply(x, alpha, *integer_range(bits, signed))  # type: ignore[return-value]
+
+
+class ActivationQuantizer(nn.Module):
+    """What PACT and LSQ have in common: integers from `low` to `high` times `scale`.
+
+    Args:
+        bits: a, 1 to 16; signed ones from 2 on.
+        signed: Whether values below zero are kept.
+    """
+
+    def __init__(self, bits: int, signed: bool) -> None:
+        super().__init__()
+        if not (2 if signed else 1) <= bits <= 16:
+            raise InputError("expected 1 to 16 bits an activation, signed 2 to 16", field="bits", value=bits)
+        self.bits, self.signed = bits, signed
+        self.low, self.high = integer_range(bits, signed)
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The distance of neighbouring values."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Bits and sign, as `print(model)` shows them."""
+        return f"bits={self.bits}, signed={self.signed}"
+
+
+class PactQuantizer(ActivationQuantizer):
+    """PACT: the clipping value alpha is learned, and pulled down by the optimizer's weight decay.
+
+    Args:
+        bits, signed: As for `ActivationQuantizer`.
+        alpha: First clipping value; the paper's code starts at 10.
+    """
+
+    def __init__(self, bits: int, signed: bool = False, alpha: float = 10.0) -> None:
+        super().__init__(bits, signed)
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """Alpha / high."""
+        return at_least(self.alpha, 1e-6) / self.high
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return quantized activations."""
+        return pact(x, at_least(self.alpha, 1e-6), self.bits, self.signed)
+
+
+class LsqQuantizer(ActivationQuantizer):
+    """LSQ: the step is learned.
+
+    Args:
+        bits, signed: As for `ActivationQuantizer`.
+        step: First step.
+        features: Activations of one sample; the step's gradient is scaled by 1/sqrt(features high).
+    """
+
+    def __init__(self, bits: int, signed: bool = False, step: float = 1.0, features: int = 1) -> None:
+        super().__init__(bits, signed)
+        self.step = nn.Parameter(torch.tensor(float(step)))
+        self.gradient_scale = 1 / math.sqrt(features * self.high)
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The learned step."""
+        return at_least(self.step, 1e-8)
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return quantized activations."""
+        return lsq_quantize(x, self.scale, self.low, self.high, self.gradient_scale)
+
+
+@torch.no_grad()
+def clipping_value(x: Float[Tensor, "..."], bits: int, signed: bool) -> float:
+    """Return the alpha of the least squared error on `x`, out of 33 shares of the largest |x|."""
+    low, high = integer_range(bits, signed)
+    largest = x.abs().max()
+    if largest == 0:
+        return 1.0
+    candidates = _SHARES.to(x) * largest
+    errors = [(((x / (a / high)).round().clamp(low, high) * (a / high) - x) ** 2).sum() for a in candidates]
+    return float(candidates[torch.stack(errors).argmin()])
+
+
+def quantize_activations(
+    model: nn.Module,
+    bits: int,
+    example: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    method: Literal["pact", "lsq"] = "pact",
+    *,
+    input_bits: int | None = 8,
+    alpha: float | None = None,
+    skip: Iterable[str] = (),
+) -> nn.Module:
+    """Quantize the inputs of every convolution and linear layer of a model, in place.
+
+    Args:
+        model: Any model, with weights parametrized or not.
+        bits: a, 1 to 16; 32 leaves the model as it is.
+        example: A batch: a tensor, a tuple of arguments, or a mapping of keyword arguments. It decides which
+            inputs are signed, and where clipping starts.
+        method: "pact" or "lsq".
+        input_bits: Bits of the layer that is called first, whose input is the data; None leaves it alone.
+        alpha: PACT's first clipping value (the official code's is 10); the one of the least squared error on
+            the example where None.
+        skip: Names of layers whose input stays as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: Bits out of range, an unknown method or name in `skip`, activations that are quantized
+            already, or no layer to put a quantizer before.
+
+    Warns:
+        UserWarning: Layers that the model does not call as modules (as nn.MultiheadAttention does with its
+            projections) keep their floating-point inputs; it names them.
+
+    >>> model = quantize_activations(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), 4,
+    ...                              torch.randn(8, 3))
+    >>> model[2].input_quantizer
+    PactQuantizer(bits=4, signed=False)
+    """
+    if bits == 32:
+        return model
+    plan = plan_activations(model, bits, example, method, input_bits=input_bits, alpha=alpha, skip=skip)
+    return install_activations(model, plan)
+
+
+def plan_activations(
+    model: nn.Module,
+    bits: int,
+    example: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    method: Literal["pact", "lsq"] = "pact",
+    *,
+    input_bits: int | None = 8,
+    alpha: float | None = None,
+    skip: Iterable[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """Return the quantizers that `quantize_activations` would install, as plain values, by layer.
+
+    Arguments and errors are those of `quantize_activations`. A model of the same structure gets the same
+    quantizers by `install_activations`, without an example: so a checkpoint can be resumed.
+    """
+    if method not in ("pact", "lsq"):
+        raise InputError("expected pact or lsq", field="method", value=method)
+    skip = set(skip)
+    layers = {name: module for name, module in model.named_modules() if _takes_activations(module)}
+    if unknown := skip - layers.keys():
+        raise InputError(
+            f"no convolution or linear layer is called {', '.join(sorted(unknown))}", field="skip"
+        )
+    if any(hasattr(module, "input_quantizer") for module in layers.values()):
+        raise InputError("activations are quantized already", field="model", value=type(model).__name__)
+    chosen = {name: module for name, module in layers.items() if name not in skip}
+    seen = _observe(model, chosen, example)
+    if not seen:
+        raise InputError("calls no convolution or linear layer", field="model", value=type(model).__name__)
+    if missed := sorted(chosen.keys() - seen.keys()):
+        warnings.warn(
+            f"not called as modules, so their inputs stay in floating point: {', '.join(missed)}",
+            stacklevel=3,
+        )
+    widths = [input_bits, *[bits] * (len(seen) - 1)]
+    return {
+        name: _settings(method, width, x, alpha if number else None)
+        for number, ((name, x), width) in enumerate(zip(seen.items(), widths, strict=True))
+        if width
+    }
+
+
+def install_activations(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Put the quantizers of a plan before the layers, in place, and return the model.
+
+    Raises:
+        InputError: The model lacks a layer of the plan.
+    """
+    modules = dict(model.named_modules())
+    if missing := plan.keys() - modules.keys():
+        raise InputError(
+            f"has no layer {', '.join(sorted(missing))}", field="model", value=type(model).__name__
+        )
+    for name, settings in plan.items():
+        kinds = {"pact": PactQuantizer, "lsq": LsqQuantizer}
+        quantizer = kinds[settings["method"]](**{k: v for k, v in settings.items() if k != "method"})
+        device = next((p.device for p in modules[name].parameters()), None)
+        modules[name].add_module("input_quantizer", quantizer.to(device))
+        modules[name].register_forward_pre_hook(_quantize_input)
+    return model
+
+
+def _takes_activations(module: nn.Module) -> bool:
+    layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    # transformers' own, known by name so that transformers need not be imported
+    return layer or any(
+        base.__name__ == "Conv1D" and "transformers" in base.__module__ for base in type(module).__mro__
+    )
+
+
+def _quantize_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (layer.input_quantizer(inputs[0]), *inputs[1:])
+
+
+def _settings(method: str, bits: int, x: Tensor, alpha: float | None) -> dict[str, Any]:
+    signed = bool((x < 0).any())
+    high = ActivationQuantizer(bits, signed).high
+    shared = {"method": method, "bits": bits, "signed": signed}
+    if method == "pact":
+        return shared | {"alpha": clipping_value(x, bits, signed) if alpha is None else alpha}
+    return shared | {"step": float(initial_step(x, high)), "features": x[0].numel()}
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, layers: dict[str, nn.Module], example: Any) -> dict[str, Tensor]:
+    """The first input of each layer, in the order of the calls."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and name not in seen:
+                seen[name] = inputs[0].detach().float()
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        if isinstance(example, Mapping):
+            model(**example)
+        else:
+            model(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return seen

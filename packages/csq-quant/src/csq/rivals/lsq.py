@@ -1,0 +1,104 @@
+"""Learned step size quantization (LSQ), Esser et al., ICLR 2020, for weights and activations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from csq.rivals.ste import levels
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
+        return (x / step).round().clamp(low, high) * step
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        (gradient,) = gradients
+        x, step = ctx.saved_tensors
+        ratio = x / step
+        inside = (ratio > ctx.low) & (ratio < ctx.high)
+        # Equation 3: round(v) - v inside the range, the bound outside.
+        by_step = ratio.round().clamp(ctx.low, ctx.high) - ratio * inside
+        return gradient * inside, (gradient * by_step).sum() * ctx.gradient_scale, None, None, None
+
+
+def lsq_quantize(
+    x: Float[Tensor, "*shape"], step: Float[Tensor, ""], low: int, high: int, gradient_scale: float = 1.0
+) -> Float[Tensor, "*shape"]:
+    """Return s clip(round(x/s), low, high), with LSQ's gradients (equations 1 to 5).
+
+    d/dx is 1 where low < x/s < high and 0 elsewhere; d/ds is round(x/s) - x/s there, and low or high outside,
+    times `gradient_scale`.
+
+    Args:
+        x: Values.
+        step: s > 0, the distance of neighbouring values.
+        low: Smallest integer.
+        high: Largest integer.
+        gradient_scale: Factor of the step's gradient, 1/sqrt(number of values * high) in the paper.
+    """
+    return _LearnedStep.apply(x, step, low, high, gradient_scale)  # type: ignore[return-value]
+
+
+def initial_step(x: Float[Tensor, "..."], high: int) -> Float[Tensor, ""]:
+    """Return 2 mean |x| / sqrt(high), the paper's first step; 1 where all values are zero."""
+    step = 2 * x.detach().abs().mean() / math.sqrt(high)
+    return torch.where(step > 0, step, torch.ones_like(step))
+
+
+class LsqWeight(nn.Module):
+    """A weight at k paper bits whose step is learned: integers -(2^k - 1) to 2^k - 1.
+
+    The paper's range is -2^(b-1) to 2^(b-1) - 1; this one is symmetric, so that k bits mean the same
+    2^(k+1) - 1 values as for CSQ, BSQ and `SteWeight`.
+
+    Args:
+        weight: The weight as it is now; sets the first step.
+        bits: k, 1 to 8.
+    """
+
+    def __init__(self, weight: Float[Tensor, "*shape"], bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.limit = levels(bits)
+        self.step = nn.Parameter(initial_step(weight, self.limit))
+        self.gradient_scale = 1 / math.sqrt(weight.numel() * self.limit)
+
+    def forward(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the quantized weight."""
+        return lsq_quantize(weight, self._positive(), -self.limit, self.limit, self.gradient_scale)
+
+    @torch.no_grad()
+    def integers(self, weight: Float[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"], Shaped[Tensor, ""]]:
+        """Return integers from -Q to Q and their scale; the product is what `forward` returns."""
+        step = self._positive()
+        return (weight / step).round().clamp(-self.limit, self.limit).to(torch.int32), step.clone()
+
+    def _positive(self) -> Tensor:
+        # A step that crosses zero would turn all signs around; it stays at a tiny value and can grow again.
+        return at_least(self.step, 1e-8)
+
+
+class _AtLeast(torch.autograd.Function):
+    """A bound from below that lets the gradient through, so that what reached it can leave it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        return x.clamp_min(bound)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def at_least(x: Float[Tensor, "*shape"], bound: float) -> Float[Tensor, "*shape"]:
+    """Return max(x, bound); the gradient passes unchanged."""
+    return _AtLeast.apply(x, bound)  # type: ignore[return-value]
