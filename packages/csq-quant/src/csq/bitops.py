@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csq.parametrization import unwrap
+from csq.parametrization import is_transposed_linear, unwrap
 from csq.size_report import report
 
 
@@ -76,7 +76,7 @@ def _counter(name: str, counted: dict[str, int]) -> Callable[[nn.Module, Any, An
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight: Any = module.weight
         transposed = getattr(module, "transposed", False)
-        if type(module).__name__ == "Conv1D":  # transformers' linear layer, (in, out)
+        if is_transposed_linear(module):  # weight (in, out)
             macs = output.numel() * weight.shape[0]
         elif transposed:  # each input value meets (out channels / groups · kernel) weights
             macs = inputs[0].numel() * weight[0].numel()

@@ -60,12 +60,9 @@ def save(final: nn.Module, path: str | os.PathLike[str]) -> int:
         table.append([layer.name, *layer.tensors, list(layer.shape), packed.width, packed.offset])
     tensors["csq.steps"] = torch.tensor([layer.step for layer in scheme.layers], dtype=torch.float32)
     tensors["csq.masks"] = torch.tensor([layer.mask for layer in scheme.layers], dtype=torch.uint8)
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "layers": _compact(table),
-        "shared": _compact(shared),
-    }
+    description = {"version": VERSION, "layers": table, "shared": shared}
+    # One entry: safetensors writes several in no fixed order, and equal models shall make equal files.
+    metadata = {FORMAT: json.dumps(description, separators=(",", ":"))}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)
     return os.path.getsize(path)
@@ -86,11 +83,11 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     """
     if bit_layers(model):
         raise InputError("has bit planes; load into a plain model", field="model")
-    tensors, metadata = _read(path)
+    tensors, description = _read(path)
     layers, state = [], {}
     try:
         steps, masks = tensors.pop("csq.steps").tolist(), tensors.pop("csq.masks").bool().tolist()
-        table = json.loads(metadata["layers"])
+        table = description["layers"]
         for (name, *keys, shape, width, offset), step, mask in zip(table, steps, masks, strict=True):
             stream, codebook = tensors.pop(f"{name}.codes").numpy(), tensors.pop(f"{name}.codebook", None)
             values = None if codebook is None else codebook.numpy()
@@ -99,7 +96,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
             layers.append(layer)
             state.update(dict.fromkeys(keys, layer.weight()))
         state.update(tensors)
-        state.update({key: state[source] for key, source in json.loads(metadata["shared"]).items()})
+        state.update({key: state[source] for key, source in description["shared"].items()})
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"is damaged: {error}", file=path) from error
     target = unwrap(model)
@@ -137,26 +134,23 @@ def _without_copies(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return kept, shared
 
 
-def _compact(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not Path(path).is_file():
         raise InputError("there is no such file", file=path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if FORMAT not in metadata:
                 raise InputError("is no file of csq.save", file=path)
-            if metadata.get("version") != str(VERSION):
+            description = json.loads(metadata[FORMAT])
+            if description.get("version") != VERSION:
                 raise InputError(
                     f"expected format version {VERSION}; a newer csq-quant may read it",
                     file=path,
                     field="version",
-                    value=metadata.get("version"),
+                    value=description.get("version"),
                 )
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no dict)
+            return {key: file.get_tensor(key) for key in file.keys()}, description  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise InputError(f"is no whole safetensors file: {error}", file=path) from error
 

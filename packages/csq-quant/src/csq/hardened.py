@@ -95,7 +95,7 @@ def _warn(model: nn.Module, layers: tuple[LayerReport, ...]) -> None:
     # A plan that never began is no training cut short; without a plan only the gap can tell.
     short = done > 0 and (beta < beta_max * (1 - 1e-6) or done < steps)
     if short or gap > SMALL_GAP:
-        planned = f" of {steps:g}" if steps == steps else ""
+        planned = f" of {steps:g}" if steps else ""
         warnings.warn(
             f"hardened at temperature {beta:.3g} after {done}{planned} scheduled steps: the largest change "
             f"of a layer's weight is {gap:.1%}, so the hardened model may do worse than the trained one",

@@ -48,6 +48,10 @@ def export_onnx(
 ) -> Path:
     """Write a hardened model as an ONNX file with integer weights.
 
+    onnxruntime by default rounds the inputs of matrix products with integer weights to 8 bits, a block at a
+    time, which changes outputs in the third digit; a session with the option
+    `session.qdq_matmulnbits_accuracy_level` set to 1 computes what `final` computes.
+
     Args:
         final: what `csq.harden` or `csq.load` returned; left unchanged.
         path: the file. It appears, or replaces an older one, only when it is whole.

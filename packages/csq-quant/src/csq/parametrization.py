@@ -129,11 +129,14 @@ def _weights(
         )
 
 
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear layer with its weight as (in, out); GPT-2 has them."""
+    kind = torch_parametrize.type_before_parametrizations(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
 def _tensor_names(module: nn.Module) -> Iterator[str]:
-    is_gpt2_layer = (
-        type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-    )
-    if isinstance(module, _LAYERS) or is_gpt2_layer:
+    if isinstance(module, _LAYERS) or is_transposed_linear(module):
         yield "weight"
     if isinstance(module, nn.MultiheadAttention):
         for name in _ATTENTION_WEIGHTS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -73,7 +72,7 @@ class BitPlanes(nn.Module):
         self.register_buffer("live", torch.ones(n_bits, dtype=torch.bool, device=device))
         self.register_buffer("mask_fixed", torch.tensor(not searching, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("plan", torch.full((PLAN_FIELDS,), math.nan, dtype=torch.float64, device=device))
+        self.register_buffer("plan", torch.zeros(PLAN_FIELDS, dtype=torch.float64, device=device))
         # m0 of weight and mask gates that the gain undoes; 0 for none.
         self.register_buffer("centres", torch.tensor([gate_init if centred else 0.0] * 2, device=device))
         self._gradient_memory = GradientBuffers()

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from csq.budget import Average, Budget, settle, top_run
 from csq.parametrization import bit_layers
 from csq.planes import DEAD
-from csq.storage import stored_bits
 from shared_core import InputError
 
-Budget = Literal["weights", "layers", "bytes"]
 Finetune = Literal["hold", "reramp"]
 OnMiss = Literal["warn", "raise", "settle"]
 
-TOLERANCE = 0.02
-"""`settle` brings the average within this share of the target."""
 MISS = 0.25
 """Bits between average and target from which the controller has failed."""
 REFRESH = 16
@@ -113,13 +109,8 @@ class Schedule:
         self.search_steps = min(steps, max(1, round(search * steps)))
         self.trace_every = trace_every or max(1, steps // 100)
         self.trace: list[dict[str, Any]] = []
-        counts = torch.tensor([planes.positive[0].numel() for planes in self._planes], dtype=torch.float64)
-        self._shares = (
-            torch.full_like(counts, 1 / len(counts)) if budget == "layers" else counts / counts.sum()
-        )
-        self._widths = torch.tensor(
-            [self._cost(_bits(index, self.n_bits)) for index in range(2**self.n_bits)]
-        )
+        counts = [planes.positive[0].numel() for planes in self._planes]
+        self._average = Average(counts, self.n_bits, budget)
         self._plan = self._describe()
         self._version: int | None = None
         self._step = 0
@@ -160,7 +151,7 @@ class Schedule:
             masks = torch.stack([planes.mask.to(device) for planes in self._planes])
             gates = torch.sigmoid(masks * self._planes[0].temperature)
             excess = (self._average(masks.detach() >= 0) - self.target_bits) / self.n_bits
-            influence = (self._shares / self._shares.max()).to(device, gates.dtype)
+            influence = (self._average.shares / self._average.shares.max()).to(device, gates.dtype)
             return self.lam * excess.to(gates.dtype) * (influence * gates.sum(1)).sum()
 
     @torch.no_grad()
@@ -227,7 +218,14 @@ class Schedule:
         assert self.target_bits is not None
         reached = float(self._average(chosen))
         if self.on_miss == "settle":
-            return self._settle(chosen, masks)
+            return settle(
+                chosen,
+                masks,
+                self._average,
+                self.target_bits,
+                min_bits=self.min_bits,
+                contiguous=self.contiguous,
+            )
         if abs(reached - self.target_bits) > MISS:
             direction = "raise lam or train longer" if reached > self.target_bits else "lower lam"
             message = (
@@ -238,41 +236,6 @@ class Schedule:
                 raise InputError(message, field="target_bits")
             warnings.warn(message, stacklevel=4)
         return chosen
-
-    def _settle(self, chosen: Bool[Tensor, "layers planes"], masks: Tensor) -> Tensor:
-        """Flip planes, the least decided first, and none that carries the average past the target.
-
-        Past it by more than the tolerance, that is: large layers come near, small ones close the gap.
-        """
-        assert self.target_bits is not None
-        chosen, slack = chosen.clone(), TOLERANCE * self.target_bits
-        for wanted in (False, True):  # first off, then on
-            for flat in masks.abs().flatten().argsort().tolist():
-                gap = float(self._average(chosen)) - self.target_bits
-                if (gap <= 0) if not wanted else (gap >= 0):
-                    break
-                layer, plane = divmod(flat, self.n_bits)
-                if bool(chosen[layer, plane]) == wanted:
-                    continue
-                tried = chosen.clone()
-                tried[layer, plane] = wanted
-                if self.contiguous and not torch.equal(top_run(tried[layer]), tried[layer]):
-                    continue
-                change = float(self._average(tried)) - self.target_bits
-                enough = int(tried[layer].sum()) >= self.min_bits
-                if enough and (change >= -slack if not wanted else change <= slack):
-                    chosen = tried
-        return chosen
-
-    # Precision.
-
-    def _cost(self, mask: Sequence[bool]) -> float:
-        return float(stored_bits(mask)) if self.budget == "bytes" else float(sum(mask))
-
-    def _average(self, selected: Bool[Tensor, "layers planes"]) -> Float[Tensor, ""]:
-        device = selected.device
-        place = 2 ** torch.arange(self.n_bits, device=device)
-        return (self._widths.to(device)[(selected * place).sum(1)] * self._shares.to(device)).sum()
 
     def _record(self) -> None:
         selected = torch.stack([planes.selected() for planes in self._planes]).cpu()
@@ -292,7 +255,7 @@ class Schedule:
         """The plan in numbers, PLAN_FIELDS of them."""
         return torch.tensor(
             [
-                math.nan if self.target_bits is None else self.target_bits,
+                -1 if self.target_bits is None else self.target_bits,  # masks are fixed
                 self.steps,
                 self.search_steps,
                 self.beta_max,
@@ -320,12 +283,12 @@ class Schedule:
         self._version = version
         self._step = int(self._planes[0].step)
         found = self._planes[0].plan.cpu()
-        if self._step > 0 and not torch.equal(found.nan_to_num(-1), self._plan.nan_to_num(-1)):
+        if self._step > 0 and not torch.equal(found, self._plan):
             names = ("target_bits", "steps", "search steps", "beta_max", "lam", "budget", "finetune")
             differing = [
                 f"{name} {old:g} there, {new:g} here"
                 for name, old, new in zip(names, found.tolist(), self._plan.tolist(), strict=True)
-                if old != new and not (math.isnan(old) and math.isnan(new))
+                if old != new
             ]
             raise InputError(
                 f"is in the midst of a run with another plan ({'; '.join(differing)}); resume with the same",
@@ -366,16 +329,3 @@ class Schedule:
         ):
             if not low < value <= high:
                 raise InputError(f"expected above {low:g}, at most {high:g}", field=field, value=value)
-
-
-def _bits(index: int, planes: int) -> list[bool]:
-    return [bool(index >> plane & 1) for plane in range(planes)]
-
-
-def top_run(row: Bool[Tensor, " planes"]) -> Bool[Tensor, " planes"]:
-    """As many planes as are selected, in one run from the highest selected one down (or up, at the end)."""
-    count, run = int(row.sum()), torch.zeros_like(row)
-    if count:
-        top = max(int(row.nonzero().max()), count - 1)
-        run[top - count + 1 : top + 1] = True
-    return run

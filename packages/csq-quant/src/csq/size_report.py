@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from csq.budget import top_run
 from csq.parametrization import bit_layers, places, unwrap
 from csq.storage import CODEBOOK_BITS, paper_bits, stored_form
 from shared_core import InputError
@@ -136,7 +137,7 @@ class Report:
             for layer in self.layers
         ]
 
-    def totals(self) -> dict[str, float]:
+    def totals(self) -> dict[str, int | float]:
         """The three counts, with what they are made of."""
         return {
             "weights": self.weights,
@@ -169,8 +170,6 @@ def report(model: nn.Module) -> Report:
 
 def hard_layers(model: nn.Module, contiguous: bool = False) -> Iterator[LayerReport]:
     """Each weight of a parametrized model with all gates 1[m >= 0], in units of its lowest selected plane."""
-    from csq.schedule import top_run
-
     keys: dict[int, list[str]] = {}
     for module_name, _, tensor_name, planes in places(model):
         keys.setdefault(id(planes), []).append(f"{module_name}.{tensor_name}" if module_name else tensor_name)

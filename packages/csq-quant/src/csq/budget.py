@@ -1,0 +1,104 @@
+"""The average precision of a scheme, and how to bring a scheme that missed its target to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from csq.storage import paper_bits, stored_bits
+
+Budget = Literal["weights", "layers", "bytes"]
+
+TOLERANCE = 0.02
+"""`settle` brings the average within this share of the target."""
+
+
+class Average:
+    """Average precision of hard masks, by one way of counting (see `csq.Schedule`).
+
+    Args:
+        weights: number of weights of each layer.
+        planes: planes of each weight.
+        budget: `weights`, `layers` or `bytes`.
+    """
+
+    def __init__(self, weights: Sequence[int], planes: int, budget: Budget) -> None:
+        counts = torch.tensor(weights, dtype=torch.float64)
+        self.shares = (
+            torch.full_like(counts, 1 / len(counts)) if budget == "layers" else counts / counts.sum()
+        )
+        self.cost: Callable[[tuple[bool, ...]], int] = cache(stored_bits) if budget == "bytes" else paper_bits
+        # One entry a mask, so that a device counts without asking the host.
+        every = [tuple(bool(index >> plane & 1) for plane in range(planes)) for index in range(2**planes)]
+        self._costs = torch.tensor([float(self.cost(mask)) for mask in every], dtype=torch.float64)
+
+    def __call__(self, selected: Bool[Tensor, "layers planes"]) -> Float[Tensor, ""]:
+        """The average, on the masks' device."""
+        device = selected.device
+        place = 2 ** torch.arange(selected.shape[1], device=device)
+        return (self._costs.to(device)[(selected * place).sum(1)] * self.shares.to(device)).sum()
+
+
+def top_run(row: Bool[Tensor, " planes"]) -> Bool[Tensor, " planes"]:
+    """As many planes as are selected, in one run from the highest selected one down.
+
+    Where too few planes lie below it, the run reaches above it instead.
+    """
+    count, run = int(row.sum()), torch.zeros_like(row)
+    if count:
+        top = max(int(row.nonzero().max()), count - 1)
+        run[top - count + 1 : top + 1] = True
+    return run
+
+
+def settle(
+    selected: Bool[Tensor, "layers planes"],
+    masks: Float[Tensor, "layers planes"],
+    average: Average,
+    target: float,
+    *,
+    min_bits: int = 1,
+    contiguous: bool = False,
+) -> Bool[Tensor, "layers planes"]:
+    """Switch planes off, or on, until the average is within 2 % of the target, the least decided first.
+
+    No switch carries the average past the target by more than the tolerance: large layers come near, small
+    ones close the gap. The target stays missed where no switch fits, as with one single layer.
+
+    Args:
+        selected: the scheme of the search.
+        masks: m_B; a plane with a small |m_B| is undecided.
+        average: how precision is counted.
+        target: the average wanted.
+        min_bits: planes that each layer keeps.
+        contiguous: switch only at the ends of runs.
+    """
+    rows = [tuple(map(bool, row)) for row in selected.tolist()]
+    shares: list[float] = average.shares.tolist()
+    order = [divmod(flat, selected.shape[1]) for flat in masks.abs().flatten().argsort().tolist()]
+    slack = TOLERANCE * target
+    gap = float(average(selected)) - target
+    for wanted in (False, True):  # first off, then on
+        sign, moved = (1 if wanted else -1), True
+        while moved:  # a run's new end may be a plane that was passed over
+            moved = False
+            for layer, plane in order:
+                if sign * gap >= 0:
+                    break
+                row = rows[layer]
+                tried = (*row[:plane], wanted, *row[plane + 1 :])
+                change = shares[layer] * (average.cost(tried) - average.cost(row))
+                fits = sign * change > 0 and sign * (gap + change) <= slack
+                if fits and sum(tried) >= min_bits and not (contiguous and _has_gap(tried)):
+                    rows[layer], gap, moved = tried, gap + change, True
+    return torch.tensor(rows)
+
+
+def _has_gap(mask: tuple[bool, ...]) -> bool:
+    on = [plane for plane, selected in enumerate(mask) if selected]
+    return bool(on) and on[-1] - on[0] + 1 != len(on)

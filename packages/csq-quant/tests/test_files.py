@@ -1,0 +1,165 @@
+"""Files bring back the model to the last bit, take the bytes that the report states, and fail in words."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from hosted_models import images, randomize_masks, small_net
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import csq
+from shared_core import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:hardened at temperature")
+
+
+def hardened(model: nn.Module, n_bits: int = 8) -> nn.Module:
+    csq.parametrize(model, n_bits)
+    randomize_masks(model, n_bits)
+    return csq.harden(model)
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=8)
+    return transformers.GPT2LMHeadModel(config)
+
+
+HOSTS = {
+    "torchvision": lambda: torchvision.models.mobilenet_v3_small(num_classes=4),
+    "timm": lambda: timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=4),
+    "transformers, tied": gpt2,
+    "bfloat16": lambda: small_net().to(torch.bfloat16),
+    "no BatchNorm": lambda: nn.Sequential(nn.Linear(5, 3)),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_plain_model_is_filled_to_the_last_bit(host, tmp_path):
+    final = hardened(HOSTS[host]())
+    csq.save(final, tmp_path / "m.safetensors")
+    found = csq.load(HOSTS[host](), tmp_path / "m.safetensors")
+    assert type(found) is type(final)
+    for key, value in final.state_dict().items():
+        assert torch.equal(value, found.state_dict()[key]), key
+    assert found.report.rows() == final.report.rows()
+    assert csq.report(found).totals() == final.report.totals()
+    csq.save(found, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+
+
+def test_bytes_are_stored_bits_and_the_float_rest(tmp_path):
+    final = hardened(torchvision.models.resnet18(num_classes=10), n_bits=4)
+    size = csq.save(final, tmp_path / "m.safetensors")
+    assert size == (tmp_path / "m.safetensors").stat().st_size
+    assert size == pytest.approx(final.report.expected_bytes, rel=0.02)
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        for layer in final.report.layers:
+            stream = file.get_slice(f"{layer.name}.codes").get_shape()[0]
+            assert stream == -(-layer.stored_bits * layer.weights // 8)
+
+
+def test_saving_what_is_not_exact_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(InputError, match=r"still has soft gates; save csq\.harden"):
+        csq.save(csq.parametrize(small_net()), path)
+    with pytest.raises(InputError, match=r"expected a model of csq\.parametrize"):
+        csq.save(small_net(), path)
+    final = hardened(small_net())
+    with torch.no_grad():
+        final[4].weight[0, 0] += 0.01
+    with pytest.raises(InputError, match=r"4\.weight: its weight is no longer the quantized one"):
+        csq.save(final, path)
+    assert not path.exists()
+
+
+def test_an_interrupted_save_leaves_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    csq.save(hardened(small_net()), path)
+    before = path.read_bytes()
+
+    def stop(tensors, name, metadata):
+        name.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("csq.files.save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        csq.save(hardened(small_net(), 3), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+class TestBadFiles:
+    @pytest.fixture
+    def path(self, tmp_path):
+        csq.save(hardened(small_net()), tmp_path / "m.safetensors")
+        return tmp_path / "m.safetensors"
+
+    def rewrite(self, path, tensors=None, **changes):
+        with safe_open(path, "pt") as file:
+            description = json.loads(file.metadata()["csq"])
+        metadata = {"csq": json.dumps({**description, **changes})}
+        save_file({**load_file(path), **(tensors or {})}, path, metadata)
+
+    def test_unknown_version(self, path):
+        self.rewrite(path, version=7)
+        with pytest.raises(InputError, match=r"m\.safetensors: version: expected format version 1.*got 7"):
+            csq.load(small_net(), path)
+
+    def test_other_safetensors(self, path):
+        save_file({"a": torch.zeros(1)}, path)
+        with pytest.raises(InputError, match=r"is no file of csq\.save"):
+            csq.load(small_net(), path)
+
+    def test_not_a_file_and_not_whole(self, path):
+        with pytest.raises(InputError, match="there is no such file"):
+            csq.load(small_net(), path.with_name("other"))
+        path.write_bytes(path.read_bytes()[:200])
+        with pytest.raises(InputError, match="is no whole safetensors file"):
+            csq.load(small_net(), path)
+
+    def test_stream_of_another_length(self, path):
+        self.rewrite(path, {"4.codes": torch.zeros(3, dtype=torch.uint8)})
+        with pytest.raises(InputError, match="is damaged: stream: expected"):
+            csq.load(small_net(), path)
+
+    def test_missing_parts(self, path):
+        self.rewrite(path, layers=[["ghost", "ghost.weight", [1], 1, 0]] * 2)
+        with pytest.raises(InputError, match=r"is damaged: 'ghost\.codes'"):
+            csq.load(small_net(), path)
+
+    def test_another_architecture_is_named_and_left_alone(self, path):
+        other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(4, 4))
+        before = other[0].weight.clone()
+        with pytest.raises(
+            InputError, match=r"holds another architecture: the model lacks 1\.num_batches.*1\.bias is \(8,\)"
+        ):
+            csq.load(other, path)
+        assert torch.equal(other[0].weight, before)
+        wider = small_net()
+        wider[4] = nn.Linear(288, 7)
+        with pytest.raises(
+            InputError, match=r"4\.weight is \(10, 288\) in the file, \(7, 288\) in the model"
+        ):
+            csq.load(wider, path)
+
+    def test_a_soft_model(self, path):
+        with pytest.raises(InputError, match="load into a plain model"):
+            csq.load(csq.parametrize(small_net()), path)
+
+
+def test_a_loaded_model_computes_what_was_trained(tmp_path):
+    final = hardened(small_net()).eval()
+    csq.save(final, tmp_path / "m.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = csq.load(small_net(), tmp_path / "m.safetensors").eval()
+    x, _ = images()
+    assert torch.equal(final(x), found(x))
