@@ -13,6 +13,7 @@ from torch import nn
 
 import csq
 from csq.functional import naive_bit_weight
+from shared_core import InputError
 
 
 def rounded(weight: torch.Tensor, n_bits: int) -> torch.Tensor:
@@ -134,6 +135,15 @@ def test_assigning_a_weight_starts_planes_from_it():
     with torch.no_grad():
         layer.weight = wanted
     torch.testing.assert_close(layer.weight, rounded(wanted, 8), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_weights_without_a_scale_are_refused(value):
+    with pytest.raises(InputError, match="weight: expected finite values, not all zero"):
+        csq.BitPlanes(torch.full((2, 2), value))
+    layer = csq.parametrize(nn.Linear(2, 2))
+    with torch.no_grad(), pytest.raises(InputError, match="weight: expected finite values"):
+        layer.weight = torch.full((2, 2), value)
 
 
 def test_live_planes_return_with_the_state_dict():

@@ -237,6 +237,15 @@ class TestState:
         for key, value in whole.state_dict().items():
             assert torch.equal(value, second.state_dict()[key]), key
 
+    def test_a_state_that_is_assigned_instead_of_copied_is_seen(self):
+        model = csq.parametrize(small_net())
+        train(model, optimizer_for(model), self.plan(model), 7)
+        other = csq.parametrize(small_net())
+        schedule = self.plan(other)
+        other.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        assert schedule.step_count == 7
+        assert schedule.beta == pytest.approx(200 ** (7 / 30))
+
     def test_another_target_is_refused(self):
         model = csq.parametrize(small_net())
         train(model, optimizer_for(model), self.plan(model), 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from csq.functional import GradientBuffers, plane_sum, step_size
+from shared_core import InputError
 
 DEAD = -17.0
 """β m_B below which a mask gate is 0 in float32 arithmetic (4e-8), and its plane is skipped."""
@@ -85,6 +87,8 @@ class BitPlanes(nn.Module):
         """Start anew from a weight of the same shape; the schedule's state stays."""
         values = weight.detach().float()
         top = values.abs().max()
+        if not 0 < float(top) < math.inf:
+            raise InputError("expected finite values, not all zero", field="weight", value=float(top))
         codes = (values.abs() / top * (2**self.n_bits - 1)).round().to(torch.int16)
         centre = float(self.centres[0])
         on, off = (centre, -centre) if centre else (1.0, 0.0)

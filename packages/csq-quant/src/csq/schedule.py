@@ -112,7 +112,7 @@ class Schedule:
         counts = [planes.positive[0].numel() for planes in self._planes]
         self._average = Average(counts, self.n_bits, budget)
         self._plan = self._describe()
-        self._version: int | None = None
+        self._seen: tuple[int, int] | None = None
         self._step = 0
         self._start()
 
@@ -165,7 +165,7 @@ class Schedule:
         for planes in self._planes:
             planes.step.fill_(self._step)
             planes.set_temperature(beta)
-        self._version = self._planes[0].step._version
+        self._seen = _stamp(self._planes[0].step)
         if self.searching and self._step % REFRESH == 0:
             self._skip_dead_planes(beta)
         if self._step % self.trace_every == 0 or self._step in (self.search_steps, self.steps):
@@ -277,10 +277,9 @@ class Schedule:
 
     def _sync(self) -> None:
         """Read the state anew if something but `step` wrote it: a loaded state dict, a broadcast."""
-        version = self._planes[0].step._version
-        if version == self._version:
+        if self._seen == (stamp := _stamp(self._planes[0].step)):
             return
-        self._version = version
+        self._seen = stamp
         self._step = int(self._planes[0].step)
         found = self._planes[0].plan.cpu()
         if self._step > 0 and not torch.equal(found, self._plan):
@@ -329,3 +328,8 @@ class Schedule:
         ):
             if not low < value <= high:
                 raise InputError(f"expected above {low:g}, at most {high:g}", field=field, value=value)
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """Changes when a tensor is written to or replaced by another; asks nothing of its device."""
+    return id(tensor), tensor._version
