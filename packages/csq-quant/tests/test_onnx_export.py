@@ -129,6 +129,18 @@ def test_the_model_is_left_as_it_was_and_the_file_tells_nothing_of_the_machine(t
     assert str(Path(csq.__file__).parent).encode() not in path.read_bytes()
 
 
+def test_differences_are_measured_and_seen(tmp_path):
+    final = csq.harden(fixed(small_net(), "1110000")).eval()
+    x = torch.randn(3, 3, 8, 8)
+    path = csq.export_onnx(final, tmp_path / "m.onnx", x)
+    assert csq.compare_onnx(final, path, x) < 1e-4
+    with torch.no_grad():
+        final[4].bias += 0.5
+    assert csq.compare_onnx(final, path, x) == pytest.approx(0.5, abs=1e-4)
+    with pytest.raises(InputError, match="there is no such file"):
+        csq.compare_onnx(final, tmp_path / "other.onnx", x)
+
+
 def test_bad_requests_are_refused_before_the_work(tmp_path):
     x = torch.randn(1, 3, 8, 8)
     with pytest.raises(InputError, match=r"still has soft gates; export csq\.harden"):

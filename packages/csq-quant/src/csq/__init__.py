@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from csq.bitops import bit_operations
     from csq.files import load, save
     from csq.hardened import harden, reestimate_batchnorm
-    from csq.onnx_export import export_onnx
+    from csq.onnx_export import compare_onnx, export_onnx
     from csq.parametrization import bit_layers, check_param_groups, param_groups, parametrize
     from csq.planes import BitPlanes
     from csq.schedule import Schedule
@@ -39,6 +39,7 @@ __all__ = [
     "save",
     "load",
     "export_onnx",
+    "compare_onnx",
 ]
 
 # Each name is imported at first use, so that `csq --help` and its errors about options need no torch.
@@ -57,6 +58,7 @@ _HOME = {
     "save": "files",
     "load": "files",
     "export_onnx": "onnx_export",
+    "compare_onnx": "onnx_export",
 }
 
 # Modules that are reached as attributes: csq.functional.bit_weight.

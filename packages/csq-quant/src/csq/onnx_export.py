@@ -50,7 +50,7 @@ def export_onnx(
 
     onnxruntime by default rounds the inputs of matrix products with integer weights to 8 bits, a block at a
     time, which changes outputs in the third digit; a session with the option
-    `session.qdq_matmulnbits_accuracy_level` set to 1 computes what `final` computes.
+    `session.qdq_matmulnbits_accuracy_level` set to 1 computes what `final` computes, as `compare_onnx` does.
 
     Args:
         final: what `csq.harden` or `csq.load` returned; left unchanged.
@@ -86,6 +86,34 @@ def export_onnx(
         _strip(graph)
         temporary.write_bytes(graph.SerializeToString())
     return Path(path)
+
+
+@torch.no_grad()
+def compare_onnx(final: nn.Module, path: str | os.PathLike[str], sample: Tensor | Mapping[str, Any]) -> float:
+    """The largest difference of an exported file's first output, run in onnxruntime, from the model's.
+
+    Args:
+        final: the model that was exported, in evaluation mode.
+        path: the file.
+        sample: an input as for `export_onnx`.
+
+    Raises:
+        InputError: no such file; the onnx extra missing.
+    """
+    _need("onnxruntime")
+    import onnxruntime
+
+    if not Path(path).is_file():
+        raise InputError("there is no such file", file=path)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float products
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    fields = {session.get_inputs()[0].name: sample} if isinstance(sample, Tensor) else dict(sample)
+    feed = {name: value.cpu().numpy() for name, value in fields.items() if isinstance(value, Tensor)}
+    found = torch.from_numpy(session.run(None, feed)[0])
+    output = final(**sample) if isinstance(sample, Mapping) else final(sample)
+    expected = next(value for _, value in _tensors(output)).cpu()
+    return float((found - expected).abs().max())
 
 
 def _need(*modules: str) -> None:
