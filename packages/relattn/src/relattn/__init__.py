@@ -44,7 +44,18 @@ _HOME = {
 }
 
 # Modules that are reached as attributes: relattn.selection.GRID.
-_MODULES = ("families", "fewshot", "generation", "reference", "relevance", "rouge", "selection", "steering")
+_MODULES = (
+    "bertscore",
+    "families",
+    "fewshot",
+    "fewshot_data",
+    "generation",
+    "reference",
+    "relevance",
+    "rouge",
+    "selection",
+    "steering",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
+from relattn.encoding import EncodedBatch
 from relattn.families import CrossAttention
 from relattn.steering import steered
 from shared_core import InputError
@@ -33,36 +32,6 @@ _OURS = (
     "encoder_outputs",
     "return_dict_in_generate",
 )
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """A batch behind the encoder.
-
-    Attributes:
-        input_ids: Source ids.
-        mask: True at real source tokens.
-        source_vectors: K, the encoder's input representation.
-        states: The encoder's output.
-        decoder_states: The same as the decoder's cross-attention sees it.
-    """
-
-    input_ids: Int[Tensor, "batch tokens"]
-    mask: Bool[Tensor, "batch tokens"]
-    source_vectors: Float[Tensor, "batch tokens width"]
-    states: Float[Tensor, "batch tokens width"]
-    decoder_states: Float[Tensor, "batch tokens width2"]
-
-    def rows(self, index: Int[Tensor, " rows"]) -> dict[str, Any]:
-        """What `generate` (or a forward pass) takes, for documents `index`, repeated as listed.
-
-        The ids go along because some logits processors look at the source; the encoder does not run again.
-        """
-        return {
-            "input_ids": self.input_ids[index],
-            "attention_mask": self.mask[index].long(),
-            "encoder_outputs": BaseModelOutput(last_hidden_state=cast(Any, self.states[index])),
-        }
 
 
 def generation_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:

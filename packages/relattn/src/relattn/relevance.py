@@ -4,12 +4,11 @@ Section 3.1 of the method, as pure functions on tensors, then the objects that h
 
     S = E K^T,  s_j = mean over control tokens of S_ij,  s <- s * g,  a_rel = softmax(s / temperature)
 
-E: rows of the encoder's embedding table for the control's tokens. K: the encoder's *input* representation of
-    the
-source, `hidden_states[0]`. Relevance is lexical therefore, not contextual. Every step looks at real tokens
-only: the result for a document does not depend on what else is in its batch. (The released code divides by
-the longest control of the batch and smooths pad scores into the last real tokens; at batch size 1 it agrees
-with this one.)
+where E holds rows of the encoder's embedding table for the control's tokens, and K the encoder's *input*
+representation of the source, `hidden_states[0]`. Relevance is lexical therefore, not contextual. Every step
+looks at real tokens only: the result for a document does not depend on what else is in its batch. (The
+released code divides by the longest control of the batch and smooths pad scores into the last real tokens;
+at batch size 1 it agrees with this one.)
 
 Xiao, Miculicich, Liu, He, Carenini: "Attend to the Right Context", arXiv 2212.10819.
 """
@@ -245,11 +244,19 @@ class EmbeddingRelevance(Relevance):
                 field="relevance",
             )
         if self.query is not None:
-            control = self.query(control)
+            control = _in_float32(self.query, control)
         if self.key is not None:
-            source = self.key(source)
+            source = _in_float32(self.key, source)
         factors = inputs.control_ids.float() if self.id_weighted else None
         return mean_over_control(similarity_scores(control, source), inputs.control_mask, factors)
+
+
+def _in_float32(
+    layer: nn.Linear, vectors: Float[Tensor, "batch length width"]
+) -> Float[Tensor, "batch length width"]:
+    """A projection whose own parameters may be in half precision with the rest of the model."""
+    bias = None if layer.bias is None else layer.bias.float()
+    return nn.functional.linear(vectors, layer.weight.float(), bias)
 
 
 Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[float] | Tensor]

@@ -57,8 +57,8 @@ def online_select(candidates: Sequence[str], similarity: Similarity = "rouge1") 
     Raises:
         InputError: There is no candidate, or the similarity is unknown or of the wrong shape.
 
-    >>> online_select(["the cat sat on a mat", "a cat sat on the red mat", "the red cat sat", "mat mat mat
-    mat"]) 1
+    >>> online_select(["the cat sat on a mat", "a cat sat on the red mat", "the red cat sat", "mat mat mat"])
+    1
     """
     return consensus(candidates, similarity).index
 

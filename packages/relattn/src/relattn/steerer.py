@@ -11,104 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from relattn.controls import Control, EncodedControl
-from relattn.families import (
-    cross_attentions,
-    decoder_view,
-    encoder_arguments,
-    encoder_of,
-    source_embeddings,
-    source_limit,
-)
-from relattn.generation import (
-    EncodedBatch,
-    decode_rows,
-    evaluating,
-    generation_settings,
-    rows_that_fit,
-    setting,
-)
-from relattn.relevance import EmbeddingRelevance, Relevance, RelevanceInputs, effective_support
+from relattn.encoding import SteerableBatch, prepare
+from relattn.families import cross_attentions, source_limit
+from relattn.generation import decode_rows, evaluating, generation_settings, rows_that_fit, setting
+from relattn.relevance import EmbeddingRelevance, Relevance, effective_support
+from relattn.results import Candidate, ControlledSummary, RelevanceResult
 from relattn.selection import GRID, Similarity, consensus, coverage_select
 from relattn.source import SourceDocument, pad, read_controls, read_documents, warnings_about
-from relattn.steering import check_weight, context_vectors, relevant_context, steered
-from relattn.weights import RelAttnModule, masked_mean
+from relattn.steering import check_weight, steered
+from relattn.weights import RelAttnModule
 from shared_core import InputError
 
+__all__ = ["Candidate", "ControlledSummary", "RelevanceResult", "Steerer"]
+
 Weight = float | int | Sequence[float] | Tensor
-
-
-@dataclass(frozen=True)
-class RelevanceResult:
-    """How relevant each token of a document is to its control.
-
-    Attributes:
-        a_rel: The relevance distribution, sums to 1.
-        scores: Raw scores s before smoothing.
-        tokens: The text of each token.
-        offsets: Where each token stands in the document, [start, end); None with a slow tokenizer.
-        effective_support: Over how many tokens the relevance is spread, exp(entropy).
-        controls: The control's phrases.
-        warnings: Truncation, phrases that do not occur, and the like.
-    """
-
-    a_rel: Float[Tensor, " tokens"]
-    scores: Float[Tensor, " tokens"]
-    tokens: tuple[str, ...]
-    offsets: tuple[tuple[int, int], ...] | None
-    effective_support: float
-    controls: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A summary that online selection tried.
-
-    Attributes:
-        weight: Its steering weight.
-        text: The summary.
-        kept: Whether it passed the filters.
-    """
-
-    weight: float
-    text: str
-    kept: bool
-
-
-@dataclass(frozen=True)
-class ControlledSummary:
-    """A summary about what the reader asked for.
-
-    Attributes:
-        text: The summary.
-        weight: The steering weight: chosen by online selection, or the given one; the mean over layers and
-            heads where these differ. 0 for a document without control.
-        relevance: The relevance that steered it.
-        candidates: All that online selection tried, weights ascending; empty with a given weight.
-        warnings: The relevance's.
-    """
-
-    text: str
-    weight: float
-    relevance: RelevanceResult
-    candidates: tuple[Candidate, ...] = ()
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Truncation, phrases that do not occur, and the like."""
-        return self.relevance.warnings
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Documents and controls behind the encoder, with everything that steering needs."""
-
-    encoded: EncodedBatch
-    scores: Float[Tensor, "batch tokens"]
-    a_rel: Float[Tensor, "batch tokens"]
-    contexts: list[Tensor]
-    control_mean: Float[Tensor, "batch width"]
-    steerable: Bool[Tensor, " batch"]
 
 
 class Steerer:
@@ -209,7 +125,7 @@ class Steerer:
         asked = read_controls(self.tokenizer, controls, len(ids), "plain")
         tokens = [self.tokenizer.convert_ids_to_tokens(i[m].tolist()) for i, m in zip(ids, mask, strict=True)]
         prepared = self._behind_encoder(ids, mask, asked, tokens)
-        w = self._weights(prepared, weight, range(len(ids)), len(ids))
+        w = self._weights(prepared, weight, range(len(ids)), asked)
         with steered(self.layers, prepared.contexts, w.to(prepared.a_rel)):
             yield prepared.encoded.rows(torch.arange(len(ids), device=ids.device))
 
@@ -290,7 +206,7 @@ class Steerer:
                 if online:
                     summaries = self._online(batch, results, texts, members, decode, grid, similarity, select)
                 else:
-                    w = self._weights(batch, weight, members, len(texts))
+                    w = self._weights(batch, weight, members, asked)
                     lines = decode(torch.arange(len(members)), w)
                     means = w.mean((1, 2)).tolist()
                     summaries = [ControlledSummary(*row) for row in zip(lines, means, results, strict=True)]
@@ -298,7 +214,7 @@ class Steerer:
 
     def _online(
         self,
-        batch: _Batch,
+        batch: SteerableBatch,
         results: Sequence[RelevanceResult],
         texts: Sequence[SourceDocument],
         members: Sequence[int],
@@ -309,7 +225,7 @@ class Steerer:
     ) -> list[ControlledSummary]:
         """Every document under every weight of the grid, then the selection. No control: decoded once."""
         pairs = [
-            (row, w) for row, can in enumerate(batch.steerable.tolist()) for w in (grid if can else (0.0,))
+            (row, w) for row, result in enumerate(results) for w in (grid if result.controls else (0.0,))
         ]
         index = torch.tensor([row for row, _ in pairs])
         weights = torch.tensor([w for _, w in pairs], dtype=torch.float64)[:, None, None].expand(
@@ -325,7 +241,7 @@ class Steerer:
             if select == "coverage":
                 best = self._covering(candidates, texts[members[row]], result)
             tried = tuple(Candidate(w, line, i in kept) for i, (w, line) in enumerate(mine))
-            listed = tried if batch.steerable[row] else ()
+            listed = tried if result.controls else ()
             found.append(ControlledSummary(candidates[best], mine[best][0], result, listed))
         return found
 
@@ -351,12 +267,15 @@ class Steerer:
         texts = read_documents(self.tokenizer, documents, self.max_source_tokens)
         return texts, read_controls(self.tokenizer, controls, len(texts), on_empty)
 
-    def _prepare(self, texts: Sequence[SourceDocument], asked: Sequence[EncodedControl | None]) -> _Batch:
-        ids, mask = pad([text.ids for text in texts], self._pad_id)
+    def _prepare(
+        self, texts: Sequence[SourceDocument], asked: Sequence[EncodedControl | None]
+    ) -> SteerableBatch:
+        ids, mask = pad([text.ids for text in texts], self.pad_id)
         return self._behind_encoder(ids, mask, asked, [text.tokens for text in texts])
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
+        """The id that fills short rows."""
         found = (self.model.config.pad_token_id, self.tokenizer.pad_token_id, 0)
         return next(i for i in found if i is not None)
 
@@ -366,46 +285,17 @@ class Steerer:
         mask: Bool[Tensor, "batch tokens"],
         asked: Sequence[EncodedControl | None],
         tokens: Sequence[Sequence[str]],
-    ) -> _Batch:
-        """One encoder pass, relevance, and the context vector of each layer."""
-        device = self.model.device
-        encoded = self._encode(ids.to(device), mask.to(device))
+    ) -> SteerableBatch:
         # A document without control is never steered; a pad stands in for it, so that shapes fit.
-        control_ids, control_mask = pad([c.ids if c else [self._pad_id] for c in asked], self._pad_id)
-        vectors = source_embeddings(self.model, control_ids.to(device))
-        inputs = RelevanceInputs(
-            control_ids.to(device),
-            control_mask.to(device),
-            vectors,
-            encoded.source_vectors,
-            encoded.mask,
-            [c.phrases if c else () for c in asked],
-            tokens,
-        )
-        scores = self.relevance_settings.scores(inputs)
-        a_rel = self.relevance_settings.distribution(scores, encoded.mask)
-        context = relevant_context(a_rel, encoded.decoder_states)
-        contexts = context_vectors(self.layers, context, encoded.decoder_states.dtype)
-        steerable = torch.tensor([c is not None for c in asked], device=device)
-        return _Batch(encoded, scores, a_rel, contexts, masked_mean(vectors, inputs.control_mask), steerable)
-
-    def _encode(self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> EncodedBatch:
-        arguments = encoder_arguments(self.model, ids)
-        output = encoder_of(self.model)(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            output_hidden_states=True,
-            return_dict=True,
-            **arguments,
-        )
-        states = output.last_hidden_state
-        # Some encoders (PEGASUS-X, block-sparse BigBird) pad to a multiple of their block inside.
-        return EncodedBatch(
-            ids, mask, output.hidden_states[0][:, : ids.shape[1]], states, decoder_view(self.model, states)
+        control_ids, control_mask = pad([c.ids if c else [self.pad_id] for c in asked], self.pad_id)
+        phrases = [c.phrases if c else () for c in asked]
+        settings = self.relevance_settings
+        return prepare(
+            self.model, self.layers, settings, ids, mask, control_ids, control_mask, phrases, tokens
         )
 
     def _result(
-        self, batch: _Batch, row: int, document: SourceDocument, control: EncodedControl | None
+        self, batch: SteerableBatch, row: int, document: SourceDocument, control: EncodedControl | None
     ) -> RelevanceResult:
         real = batch.encoded.mask[row]
         scores, a_rel = batch.scores[row][real].cpu(), batch.a_rel[row][real].cpu()
@@ -421,15 +311,19 @@ class Steerer:
         )
 
     def _weights(
-        self, batch: _Batch, weight: Weight | None, members: Sequence[int], documents: int
+        self,
+        batch: SteerableBatch,
+        weight: Weight | None,
+        members: Sequence[int],
+        asked: Sequence[EncodedControl | None],
     ) -> Float[Tensor, "batch layers heads"]:
         """Weights of the documents of a batch; 0 where there is no control."""
         if weight is None and self.module is not None:
-            source_mean = masked_mean(batch.encoded.states, batch.encoded.mask)
-            w = self.module(batch.control_mean, source_mean)
+            w = self.module(batch.control_mean, batch.source_mean)
         else:
-            w = self._given_weight(self.weight if weight is None else weight, documents)[list(members)]
-        return torch.where(batch.steerable.to(w.device)[:, None, None], w, torch.zeros_like(w))
+            w = self._given_weight(self.weight if weight is None else weight, len(asked))[list(members)]
+        steerable = torch.tensor([asked[n] is not None for n in members], device=w.device)
+        return torch.where(steerable[:, None, None], w, torch.zeros_like(w))
 
     def _given_weight(self, weight: Weight, documents: int) -> Float[Tensor, "documents layers heads"]:
         w = torch.as_tensor(weight, dtype=torch.float64)  # 0.12 stays 0.12 in what is reported
@@ -451,7 +345,7 @@ class _Decoding:
     """Decodes (document, weight) rows in chunks that fit into memory."""
 
     steerer: Steerer
-    batch: _Batch
+    batch: SteerableBatch
     settings: dict[str, Any]
     max_rows: int
     seed: int | None

@@ -15,7 +15,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -112,7 +112,7 @@ class RelAttnModule(nn.Module):
             self.logits = nn.Parameter(torch.full(shape, logit))
         elif config.weight == "linear":
             inputs = config.width * (2 if config.control_embedding else 1)
-            self.linear = nn.Linear(inputs, config.layers * config.heads)
+            self.linear = _uninitialized(inputs, config.layers * config.heads)
             nn.init.zeros_(self.linear.weight)
             nn.init.constant_(self.linear.bias, logit)
 
@@ -194,7 +194,12 @@ class RelAttnModule(nn.Module):
 
 
 def _identity(width: int) -> nn.Linear:
-    layer = nn.Linear(width, width)
+    layer = _uninitialized(width, width)
     nn.init.eye_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def _uninitialized(inputs: int, outputs: int) -> nn.Linear:
+    """A layer whose making draws no random number: the caller's generator stays where it is."""
+    return cast(nn.Linear, nn.utils.skip_init(nn.Linear, inputs, outputs))
