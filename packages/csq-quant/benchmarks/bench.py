@@ -1,7 +1,7 @@
 """What bit planes cost in training, beside naive planes and plain quantization-aware training.
 
 Run `python packages/csq-quant/benchmarks/bench.py --out DIR`: prints a table of ratios and writes
-DIR/bench.json. A step is forward, backward and SGD with momentum. Peers run in the same process, on one
+DIR/bench.json. A step is forward, backward and fused SGD with momentum. Peers run in the same process, on one
 thread, and take turns, so that a busy machine slows all of them; the least time of several counts. Peak
 memory (Linux) is that of a process of its own for each variant, above what it had before its model was made.
 """
@@ -84,7 +84,7 @@ def stepper(model_name: str, variant: str) -> Callable[[], None]:
     torch.manual_seed(0)
     make, shape = MODELS[model_name]
     model = parametrized(make(), variant)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     x, y = torch.randn(shape), torch.randint(0, 10, shape[:1])
 
     def step() -> None:
@@ -160,6 +160,33 @@ def training_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def weight_rows(rounds: int) -> list[dict[str, Any]]:
+    """The weight alone, forward and backward, without layer and optimizer."""
+    upstream = torch.randn(1024, 1024)
+
+    def work(variant: str) -> Callable[[], None]:
+        planes = csq.BitPlanes(torch.randn(1024, 1024), compiled=variant == "compiled")
+        if variant == "naive":
+            planes.__class__ = NaivePlanes
+
+        def run() -> None:
+            planes.zero_grad()
+            planes().backward(upstream)
+
+        return run
+
+    runs = {variant: work(variant) for variant in ("compiled", "eager", "naive")}
+    for run in runs.values():
+        run()
+        run()
+    times = [{variant: 1e3 * seconds(run) for variant, run in runs.items()} for _ in range(3 * rounds)]
+    least = {variant: min(each[variant] for each in times) for variant in runs}
+    what = "weight of 1024 x 1024, forward and backward"
+    return [
+        row(f"{what}, {v}", least[v], least["naive"], "naive planes", "ms") for v in ("compiled", "eager")
+    ]
+
+
 @torch.no_grad()
 def deployment_rows(rounds: int) -> list[dict[str, Any]]:
     plain = resnet20().eval()
@@ -203,7 +230,8 @@ def main() -> None:
     if arguments.peak_of:
         return print_peak(*arguments.peak_of)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = packing_rows() + deployment_rows(3 * arguments.rounds) + training_rows(arguments.rounds)
+    rows = packing_rows() + weight_rows(arguments.rounds) + deployment_rows(3 * arguments.rounds)
+    rows += training_rows(arguments.rounds)
     machine = f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
     write_json(arguments.out / "bench.json", {"package": "csq-quant", "machine": machine, "rows": rows})
     table = Table("what", "ours", "theirs", "unit", "peer", "theirs / ours")
