@@ -199,6 +199,16 @@ def test_rows_of_weight_zero_are_bit_identical_to_plain_generation(name):
     assert not torch.equal(found.scores[0][:4], plain.scores[0][:4])
 
 
+def test_rows_of_weight_zero_do_not_see_a_context_that_overflowed():
+    case = Case("bart")
+    plain = case.logits()
+    case.weight[1] = 0
+    for context in case.contexts:
+        context[1] = torch.inf  # half precision overflows to it; 0 x inf would be NaN
+    with case.steered():
+        assert torch.equal(case.logits()[1], plain[1])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_more_padding_and_other_pad_ids_change_nothing(name):
     if name == "bigbird_pegasus_sparse":
