@@ -1,0 +1,60 @@
+"""Keyword boost: the control's tokens get a bonus in every step's scores, whatever the source says."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from shared_core import InputError
+
+
+def rows_per_document(rows: int, documents: int) -> int:
+    """How many rows (beams, samples) each document has; they stand side by side.
+
+    Raises:
+        InputError: The rows do not divide evenly.
+    """
+    if rows % documents:
+        raise InputError(f"expected a multiple of {documents} rows, one document's side by side, got {rows}")
+    return rows // documents
+
+
+class KeywordBoost(LogitsProcessor):
+    """Adds a bonus to the scores of each row's own words; give it to `generate` in `logits_processor`.
+
+    Args:
+        bags: Token ids of each document's words, in the decoder's vocabulary; an empty bag boosts nothing.
+        boost: Added to the score, in nats: exp(boost) times the odds.
+        once: A token that a row has written already is not boosted again, which would make it stutter.
+
+    Raises:
+        InputError: There is no bag, or the boost is not finite.
+
+    >>> boost = KeywordBoost([[2], []], boost=1.5)
+    >>> boost(torch.tensor([[0], [0]]), torch.zeros(2, 4))
+    tensor([[0.0000, 0.0000, 1.5000, 0.0000],
+            [0.0000, 0.0000, 0.0000, 0.0000]])
+    """
+
+    def __init__(self, bags: Sequence[Sequence[int]], boost: float = 2.0, once: bool = True) -> None:
+        if not bags:
+            raise InputError("expected a bag of words for each document, got none", field="bags")
+        if not torch.isfinite(torch.tensor(boost)):
+            raise InputError("expected a number", field="boost", value=boost)
+        self.bags = [torch.tensor(sorted(set(bag)), dtype=torch.long) for bag in bags]
+        self.boost = boost
+        self.once = once
+
+    def __call__(
+        self, input_ids: Int[Tensor, "rows written"], scores: Float[Tensor, "rows vocabulary"]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """The scores with the bonus; rows of beam search belong to their document's bag."""
+        copies = rows_per_document(len(scores), len(self.bags))
+        bonus = torch.zeros_like(scores)
+        for row in range(len(scores)):
+            bonus[row, self.bags[row // copies].to(scores.device)] = self.boost
+        if self.once:
+            bonus.scatter_(1, input_ids.to(scores.device), 0.0)
+        return scores + bonus
