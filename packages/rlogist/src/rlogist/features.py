@@ -149,7 +149,7 @@ def read_features(path: str | os.PathLike[str], extractor: Extractor | None = No
         raise InputError(f"not a whole HDF5 file: {error}", file=path) from error
     coords, features, deep, index = arrays
     for name, values in (("features", features), ("deep_features", deep)):
-        bad = 0 if values is None else np.count_nonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+        bad = 0 if values is None else sum(not np.isfinite(row).all() for row in values)
         if bad:
             raise InputError(f"{bad} rows have NaN or infinite values", file=path, field=name)
     if extractor is not None:

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from rlogist.grid import Regions
 from rlogist.tissue import Contour
 
-Picture = UInt8[np.ndarray, "height width 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]
 
 TISSUE, HOLE = (0, 114, 178), (213, 94, 0)  # blue and vermilion, told apart by colour-blind readers
 

@@ -5,6 +5,7 @@ and what failed is told at the end.
 """
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -75,12 +76,9 @@ def attempt(work: Callable[[Any], Any], index: int, task: Any) -> Done:
 
 
 def _single_thread() -> None:
-    """Processes share the cores already: more threads in each would only wait for one another."""
-    import cv2
-    import torch
-
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    """Processes share the cores already; more threads would only wait. A user's own values win."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):  # read at first import
+        os.environ.setdefault(name, "1")
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:

@@ -47,7 +47,7 @@ class Geometry:
     scan: Plane
     deep: Plane
     scan_from_deep: bool
-    """No level is coarser than the deep one: scan patches are deep blocks, reduced. Nothing is saved."""
+    """No level between the two is there: scan patches are deep blocks, reduced. Nothing is saved."""
 
     @property
     def patches_per_region(self) -> int:

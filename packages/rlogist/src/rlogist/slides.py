@@ -21,8 +21,8 @@ from rlogist.tiff_look import describe_file
 from rlogist.tissue import MAX_PIXELS, Segmentation, Tissue, segment
 from shared_core import InputError
 
-Pixels = UInt8[np.ndarray, "height width 3"]
-Patches = UInt8[np.ndarray, "patches size size 3"]
+Pixels = UInt8[np.ndarray, "_ _ 3"]
+Patches = UInt8[np.ndarray, "_ _ _ 3"]
 
 
 class UnreadableRegion(OSError):
@@ -266,8 +266,9 @@ class Slide:
 
     def _say_that_nothing_is_saved(self) -> None:
         text = (
-            f"{self.path.name}: no level is coarser than {self.geometry.deep.mpp:.3g} microns per pixel, "
-            "so the scan is made from deep pixels and nothing is saved."
+            f"{self.path.name}: no level is coarser than {self.geometry.deep.mpp:.3g} and as fine as "
+            f"{self.geometry.scan.mpp:.3g} microns per pixel, so the scan is made from deep pixels and "
+            "nothing is saved."
         )
         hidden = describe_file(self.path).reduced_hidden
         if hidden:

@@ -67,12 +67,9 @@ def _bands(stains: Float[Tensor, "batch 2 height width"]) -> list[Tensor]:
     found, finer, before = [], stains, 1
     for scale in _SCALES:
         coarser = avg_pool2d(finer, scale // before)
-        detail = (
-            finer
-            - torch.repeat_interleave(
-                torch.repeat_interleave(coarser, scale // before, dim=2), scale // before, dim=3
-            )[..., : finer.shape[-2], : finer.shape[-1]]
-        )
+        factor = scale // before
+        spread = coarser.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+        detail = finer[..., : spread.shape[-2], : spread.shape[-1]] - spread
         variance = detail.square().mean(dim=(2, 3))
         skew = detail.pow(3).mean(dim=(2, 3)) / (variance + 1e-8).pow(1.5)
         found += [0.25 * torch.log(variance + 1e-6), 0.25 * skew]

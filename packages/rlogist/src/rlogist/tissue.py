@@ -55,7 +55,7 @@ class Segmentation:
                 raise InputError("expected 0 or more", field=name, value=getattr(self, name))
 
 
-Outline = Float[np.ndarray, "points 2"]
+Outline = Float[np.ndarray, "_ 2"]
 
 
 @dataclass(frozen=True)
