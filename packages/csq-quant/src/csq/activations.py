@@ -84,7 +84,9 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, bits: int, signed: bool) -> None:
         super().__init__()
         if not (2 if signed else 1) <= bits <= 16:
-            raise InputError("expected 1 to 16 bits an activation, signed 2 to 16", field="bits", value=bits)
+            raise InputError(
+                "expected 1 to 16 bits an activation, 2 to 16 where signed", field="bits", value=bits
+            )
         self.bits, self.signed = bits, signed
         self.low, self.high = integer_range(bits, signed)
 
@@ -218,6 +220,9 @@ def plan_activations(
     """
     if method not in ("pact", "lsq"):
         raise InputError("expected pact or lsq", field="method", value=method)
+    for field, width in (("bits", bits), ("input_bits", input_bits)):
+        if width is not None and not 1 <= width <= 16:
+            raise InputError("expected 1 to 16 bits an activation, or 32 for none", field=field, value=width)
     skip = set(skip)
     layers = {name: module for name, module in model.named_modules() if _takes_activations(module)}
     if unknown := skip - layers.keys():
@@ -239,7 +244,7 @@ def plan_activations(
     return {
         name: _settings(method, width, x, alpha if number else None)
         for number, ((name, x), width) in enumerate(zip(seen.items(), widths, strict=True))
-        if width
+        if width is not None
     }
 
 
@@ -272,7 +277,8 @@ def _takes_activations(module: nn.Module) -> bool:
 
 
 def _quantize_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (layer.input_quantizer(inputs[0]), *inputs[1:])
+    quantizer: Any = layer.input_quantizer
+    return (quantizer(inputs[0]), *inputs[1:])
 
 
 def _settings(method: str, bits: int, x: Tensor, alpha: float | None) -> dict[str, Any]:

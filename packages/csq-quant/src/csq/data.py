@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from shared_core import InputError
 EMBEDDED = ("digits", "mnist5k")
 
 
+@runtime_checkable
 class Split(Protocol):
     """Images with labels, read by number."""
 

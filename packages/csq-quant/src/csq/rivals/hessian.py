@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from csq.rivals.ste import levels
 
@@ -33,15 +34,22 @@ def hessian_traces(
     Returns:
         The traces, in the order of the weights.
     """
-    gradients = torch.autograd.grad(loss(), weights, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        gradients = torch.autograd.grad(loss(), weights, create_graph=True)
     traces = torch.zeros(len(weights))
-    for number in range(samples):
+    # The loss is linear in the other layers.
+    curved = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
+    for number in range(samples if curved else 0):
         signs = [(torch.randint(0, 2, tuple(w.shape), generator=generator) * 2 - 1).to(w) for w in weights]
         products = torch.autograd.grad(
-            gradients, weights, grad_outputs=signs, retain_graph=number + 1 < samples, allow_unused=True
+            [gradients[i] for i in curved],
+            weights,
+            grad_outputs=[signs[i] for i in curved],
+            retain_graph=number + 1 < samples,
+            allow_unused=True,
         )
         for layer, (sign, product) in enumerate(zip(signs, products, strict=True)):
-            if product is not None:  # the loss is linear in this layer
+            if product is not None:
                 traces[layer] += (sign * product).sum().item()
     return traces / samples
 
@@ -65,11 +73,13 @@ def sensitivities(
 ) -> Float[Tensor, "layers choices"]:
     """Return Omega_l(k) = (trace_l / #params_l) ||Q_k(W_l) - W_l||^2 (HAWQ-V2, equation 9).
 
-    A trace estimated below zero, which a minimum of the loss does not have, counts as zero.
+    A minimum of the loss has no negative trace; one estimated at next to nothing or below counts as a
+    thousandth of the largest magnitude, so that every layer gains by more bits.
     """
+    floor = 1e-3 * float(traces.abs().max()) or 1.0
     return torch.tensor(
         [
-            [max(float(trace), 0.0) / weight.numel() * rounding_error(weight, bits) for bits in choices]
+            [max(float(trace), floor) / weight.numel() * rounding_error(weight, bits) for bits in choices]
             for weight, trace in zip(weights, traces, strict=True)
         ],
         dtype=torch.float64,
