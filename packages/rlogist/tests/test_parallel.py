@@ -66,6 +66,8 @@ def test_jobs_below_one_are_refused():
         run_all(_work, [1], jobs=0)
 
 
+# Ray 2.55 tells every caller of a coming change about graphics cards. May go with that change.
+@pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")
 def test_ray_does_the_same(work_module):
     ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
     assert ray.__version__
