@@ -68,6 +68,9 @@ def test_jobs_below_one_are_refused():
 
 # Ray 2.55 tells every caller of a coming change about graphics cards. May go with that change.
 @pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")
+# Ray leaves its processes' output files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_ray_does_the_same(work_module):
     ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
     assert ray.__version__
