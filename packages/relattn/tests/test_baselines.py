@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -280,11 +281,13 @@ def test_pplm_reports_its_cost(steerer):
 
 def test_sentences_are_ranked_by_what_stands_out_and_kept_in_order():
     document = "One two. Three four five six. Seven."
-    tokens = [(0, 3), (3, 7), (7, 8), (8, 14), (14, 19), (19, 24), (24, 28), (28, 29), (29, 35), (35, 36), (0,
-    0)] a_rel = torch.tensor([0.05, 0.05, 0.05, 0.09, 0.09, 0.09, 0.09, 0.09, 0.3, 0.05, 0.05]) texts =
-    tuple(document[a:b] for a, b in tokens) result = RelevanceResult(a_rel, a_rel, texts, tuple(tokens), 5.0,
-    ("x",), ()) found = sentence_relevance(document, result) assert [round(s.mass, 6) for s in found] ==
-    [0.15, 0.45, 0.35]
+    starts = [0, 3, 7, 8, 14, 19, 24, 28, 29, 35, 36]
+    tokens = [*pairwise(starts), (0, 0)]  # the last one is a special token
+    a_rel = torch.tensor([0.05, 0.05, 0.05, 0.09, 0.09, 0.09, 0.09, 0.09, 0.3, 0.05, 0.05])
+    texts = tuple(document[a:b] for a, b in tokens)
+    result = RelevanceResult(a_rel, a_rel, texts, tuple(tokens), 5.0, ("x",), ())
+    found = sentence_relevance(document, result)
+    assert [round(s.mass, 6) for s in found] == [0.15, 0.45, 0.35]
     # the long sentence has the most mass, but only the last has a token above the uniform 1/11
     assert [round(s.excess, 4) for s in found] == [0.0, 0.0, round(0.3 - 1 / 11, 4)]
     assert extract(document, result, keep=1) == "Seven."
