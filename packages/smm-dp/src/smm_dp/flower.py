@@ -10,6 +10,8 @@ change of the model that a client's training makes.
 """
 
 import json
+import logging
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -41,6 +43,10 @@ except ModuleNotFoundError as _error:
 if TYPE_CHECKING:
     from flwr.app import Context
     from flwr.serverapp import Grid
+
+_log = logging.getLogger(__name__)
+
+_SMALLEST = 3  # with two, each could subtract its own vector from the sum
 
 _RECORD = "smm-dp"  # name of our record in messages and in a client's state
 
@@ -79,12 +85,22 @@ def smm_mod(msg: Message, ctx: "Context", call_next: Callable[[Message, "Context
     """Flower client mod: answers the four stages, and trains through `call_next` in the third.
 
     The train function receives arrays and config as ever and returns the new arrays; only the masked, noisy,
-    clipped change leaves the client. Its metrics are dropped: they would bypass the mechanism. Messages
-    that are
-    not of this package pass through.
+    clipped change leaves the client. Its metrics are dropped: they would bypass the mechanism. Messages of
+    other types, such as evaluation, pass through.
+
+    Raises:
+        InputError: The server asks for training without secure aggregation: nothing is trained or sent.
+        RuntimeError: Training or encoding failed. The text, which Flower sends to the server, does not say
+            why, since reasons quote values; the client's log does.
     """
     if _RECORD not in msg.content:
-        return call_next(msg, ctx)
+        if msg.metadata.message_type.split(".")[0] != MessageType.TRAIN:
+            return call_next(msg, ctx)
+        raise InputError(
+            "the server asks for training without the record of SkellamMixtureStrategy, and the reply would be "
+            "the model in the clear: use that strategy, or take smm_mod out",
+            field="message",
+        )
     order = _unpack(msg.content)
     plan, name, stage = _plan(order["plan"]), order["name"], order["stage"]
     if stage == "keys":
@@ -99,7 +115,11 @@ def smm_mod(msg: Message, ctx: "Context", call_next: Callable[[Message, "Context
             }
             answer = {n: share.hex() for n, share in person.shares(keys_of).items()}
         elif stage == "masked":
-            residues = _train_and_encode(msg, ctx, call_next, order, name)
+            try:
+                residues = _train_and_encode(msg, ctx, call_next, order, name)
+            except Exception:
+                _log.exception("client %s takes no part in round %s", name, plan.round_id)
+                raise RuntimeError("this client takes no part in the round: its own log says why") from None
             shares = {n: bytes.fromhex(share) for n, share in order["shares"].items()}
             answer = {"packed": person.masked(residues, shares).hex()}
         elif stage == "unmasking":
@@ -114,23 +134,49 @@ def smm_mod(msg: Message, ctx: "Context", call_next: Callable[[Message, "Context
     return Message(content=RecordDict({_RECORD: _pack(answer)}), reply_to=msg)
 
 
+def _octets(answer: dict[str, str]) -> dict[str, bytes]:
+    return {name: bytes.fromhex(text) for name, text in answer.items()}
+
+
+def _public_keys(name: str, answer: dict[str, str]) -> PublicKeys:
+    return PublicKeys(name, bytes.fromhex(answer["encryption"]), bytes.fromhex(answer["masking"]))
+
+
+def _unmasking(name: str, answer: dict[str, Any]) -> Unmasking:
+    parts = {
+        kind: {n: (index, bytes.fromhex(share)) for n, (index, share) in answer[kind].items()}
+        for kind in ("self_masks", "mask_keys")
+    }
+    return Unmasking(name, **parts)
+
+
 def _train_and_encode(
     msg: Message, ctx: "Context", call_next: Callable[[Message, "Context"], Message], order: dict, name: str
 ) -> np.ndarray:
+    mechanism = SkellamMixture(**order["mechanism"])
+    if not mechanism.mu_total > 0:
+        raise InputError("the server asks for an encoding without noise", field="mu_total", value=0)
+    if order["noise_only"]:
+        return mechanism.encode(np.zeros(mechanism.dim), participant=f"client {name}")
     before = flatten(next(iter(msg.content.array_records.values())))
     reply = call_next(msg, ctx)
     if reply.has_error():
         raise RuntimeError(f"training failed: {reply.error.reason}")
     after = flatten(next(iter(reply.content.array_records.values())))
-    return SkellamMixture(**order["mechanism"]).encode(after - before, participant=f"client {name}")
+    return mechanism.encode(after - before, participant=f"client {name}")
 
 
 class SkellamMixtureStrategy(Strategy):
     """Wraps a Flower strategy: the wrapped one sees a single reply, the private mean of the clients' changes.
 
-    Clients are drawn by Poisson sampling (each by its own coin), whatever the wrapped strategy would
-    draw. Those
-    drawn divide the total noise among so many as must finish, so it does not depend on how many were drawn.
+    Clients are drawn by Poisson sampling (each by its own coin), whatever the wrapped strategy would draw.
+    Every round makes a release and is charged, also where the coins draw fewer than three clients: others
+    then send noise around a zero vector. (Leaving such rounds out would show who was drawn, and the rounds
+    that are made would sample at more than the rate that is accounted.) The total noise is divided among so
+    many as must finish, so it does not depend on how many were drawn.
+
+    A client whose reply is malformed counts as dropped out. A round in which too few finish changes nothing
+    and stays charged.
 
     Args:
         inner: Strategy that applies the mean, e.g. FedAvg, FedAdam, FedAvgM.
@@ -189,37 +235,39 @@ class SkellamMixtureStrategy(Strategy):
         """Charge the ledger, run the first three stages, and return the messages of the fourth."""
         self._arrays = arrays
         self._server: Aggregator | None = None
-        drawn = self._draw(grid)
-        if len(drawn) < 3:
+        nodes = self._connected(grid)
+        if len(nodes) < _SMALLEST:
             warnings.warn(
-                f"round {server_round}: only {len(drawn)} clients drawn, none is asked", stacklevel=2
+                f"round {server_round}: only {len(nodes)} clients are connected, {_SMALLEST} are needed",
+                stacklevel=2,
             )
             return []
+        sampled, drawn = self._draw(nodes)
         self.ledger.charge()
         least = max(2, len(drawn) - int(self.dropouts * len(drawn)))
         self._start(server_round, drawn, least)
-        keys = self._exchange(grid, "keys", drawn, lambda name: {})
-        for name, answer in keys.items():
-            self._aggregator.receive_keys(
-                PublicKeys(name, bytes.fromhex(answer["encryption"]), bytes.fromhex(answer["masking"]))
-            )
-        public = {name: (a["encryption"], a["masking"]) for name, a in keys.items()}
-        for name, answer in self._exchange(
-            grid, "shares", self._ids(keys), lambda name: {"keys": public}
-        ).items():
-            self._aggregator.receive_shares(name, {n: bytes.fromhex(share) for n, share in answer.items()})
-        masked = self._exchange(
+        server = self._aggregator
+        answers = self._exchange(grid, "keys", drawn, lambda name: {})
+        self._take("keys", answers, lambda name, answer: server.receive_keys(_public_keys(name, answer)))
+        public = {name: (key.encryption.hex(), key.masking.hex()) for name, key in server.keys.items()}
+        answers = self._exchange(grid, "shares", self._ids(public), lambda name: {"keys": public})
+        self._take("shares", answers, lambda name, answer: server.receive_shares(name, _octets(answer)))
+        answers = self._exchange(
             grid,
             "masked",
-            self._ids(self._aggregator.sharers),
+            self._ids(server.sharers),
             lambda name: {
-                "shares": {n: s.hex() for n, s in self._aggregator.mail(name).items()},
+                "shares": {n: s.hex() for n, s in server.mail(name).items()},
                 "mechanism": asdict(self._mechanism),
+                "noise_only": int(name) not in sampled,
             },
             {"arrays": arrays, "config": config},
         )
-        for name, answer in masked.items():
-            self._aggregator.receive_masked(name, bytes.fromhex(answer["packed"]))
+        self._take(
+            "masked",
+            answers,
+            lambda name, answer: server.receive_masked(name, bytes.fromhex(answer["packed"])),
+        )
         finished = sorted(self._aggregator.finished)
         return self._messages("unmasking", self._ids(finished), lambda name: {"finished": finished})
 
@@ -228,24 +276,19 @@ class SkellamMixtureStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Unmask the sum, decode the mean, and let the wrapped strategy apply it.
 
-        Raises:
-            AggregationAborted: Too few clients finished; the round's budget stays charged.
+        Where too few clients finished, a warning says so and nothing is returned: the model stays as it was.
         """
         if self._server is None:
             return None, None
-        sources = []
-        for message in replies:
-            sources.append(message)
-            if not message.has_error():
-                answer = _unpack(message.content)
-                parts = {
-                    kind: {n: (index, bytes.fromhex(share)) for n, (index, share) in answer[kind].items()}
-                    for kind in ("self_masks", "mask_keys")
-                }
-                self._aggregator.receive_unmasking(Unmasking(str(message.metadata.src_node_id), **parts))
-        if not sources:
-            raise AggregationAborted("no client finished")
-        total = self._aggregator.result()
+        sources = [message for message in replies if not message.has_error()]
+        answers = {str(message.metadata.src_node_id): _unpack(message.content) for message in sources}
+        receive = self._aggregator.receive_unmasking
+        self._take("unmasking", answers, lambda name, answer: receive(_unmasking(name, answer)))
+        try:
+            total = self._aggregator.result()
+        except AggregationAborted as error:
+            warnings.warn(f"round {server_round} is given up, its budget stays spent: {error}", stacklevel=2)
+            return None, None
         self.finished.append(tuple(sorted(self._aggregator.finished)))
         change = self._mechanism.decode(total, count=self.sampling_rate * self.population)
         content = RecordDict(
@@ -254,7 +297,7 @@ class SkellamMixtureStrategy(Strategy):
                 "metrics": MetricRecord({"num-examples": 1.0}),
             }
         )
-        template = next(iter(sources))
+        template = sources[0]
         template.content = content
         return self.inner.aggregate_train(server_round, [template])
 
@@ -268,13 +311,31 @@ class SkellamMixtureStrategy(Strategy):
         """Return nothing: see `configure_evaluate`."""
         return None
 
-    def _draw(self, grid: "Grid") -> list[int]:
-        """Return the clients of a round: each one that is connected flips its own coin."""
+    def _connected(self, grid: "Grid") -> list[int]:
         end = time.monotonic() + self.patience
         while len(nodes := sorted(grid.get_node_ids())) < self.population and time.monotonic() < end:
             time.sleep(0.5)
+        return nodes
+
+    def _draw(self, nodes: list[int]) -> tuple[list[int], list[int]]:
+        """Return those of whom each one's own coin says so, and with them so many others as a round needs."""
         coins = IntegerReader(secure_source())
-        return [node for node in nodes if coins.below(1 << 53) < self.sampling_rate * (1 << 53)]
+        sampled = [node for node in nodes if coins.below(1 << 53) < self.sampling_rate * (1 << 53)]
+        others = [node for node in nodes if node not in sampled]
+        spare = random.SystemRandom().sample(others, max(0, _SMALLEST - len(sampled)))
+        return sampled, sorted([*sampled, *spare])
+
+    @staticmethod
+    def _take(stage: str, answers: dict[str, Any], receive: Callable[[str, Any], None]) -> None:
+        """Hand the server each answer; one that it cannot read counts as none."""
+        for name, answer in answers.items():
+            try:
+                receive(name, answer)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                warnings.warn(
+                    f"client {name} counts as dropped out, its answer to {stage!r} is malformed: {error}",
+                    stacklevel=3,
+                )
 
     def _start(self, server_round: int, drawn: list[int], least: int) -> None:
         found = self.parameters

@@ -1,13 +1,17 @@
 """The privacy ledger: a file that remembers what was spent, and stops a release that would spend too much."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from shared_core import InputError
 from shared_core.files import write_json
 from smm_dp.calibration import check_budget
+from smm_dp.mechanism import SkellamMixture
 from smm_dp.privacy import Accountant, RoundPrivacy
 from smm_dp.rdp import Guarantee
 
@@ -20,7 +24,8 @@ class PrivacyLedger:
     """An accountant with a budget, kept in a file.
 
     `charge` is called *before* a release. It writes the file, to disk, and returns; a process that is killed
-    afterwards has paid for a release that nobody may have seen, never the other way round.
+    afterwards has paid for a release that nobody may have seen, never the other way round. Several processes
+    may share the file: each charge reads it afresh, under a lock (a file beside it, `<name>.lock`).
 
     Args:
         path: The file; a missing one is started, an existing one is resumed. None keeps it in memory.
@@ -60,6 +65,12 @@ class PrivacyLedger:
         Raises:
             BudgetExceeded: They would exceed the budget; the release must not be made.
         """
+        with self._locked():
+            return self._charge(rounds)
+
+    def _charge(self, rounds: int) -> Guarantee:
+        if self.path is not None and self.path.exists():
+            self.accountant = Accountant.from_state(self._read()["history"])
         after = self.accountant.guarantee(self.delta, also=[(self.round_privacy, rounds)], warn=False)
         if after.epsilon > self.epsilon:
             spent = self.spent()
@@ -73,6 +84,36 @@ class PrivacyLedger:
         if self.path is not None:
             write_json(self.path, self._parameters() | {"history": self.accountant.state()})
         return after
+
+    def check(self, mechanism: SkellamMixture) -> None:
+        """Check that a mechanism gives what the ledger's rounds state.
+
+        Raises:
+            InputError: It clips to another bound, or its accounting is another; names which.
+        """
+        kind = self.round_privacy
+        for field, theirs, ours in (
+            ("clip", kind.clip, mechanism.clip),
+            ("coordinate_bound", kind.coordinate_bound, mechanism.coordinate_bound),
+            ("accounting", kind.accounting, mechanism.accounting),
+        ):
+            if theirs != ours:
+                raise InputError(
+                    f"the ledger was opened for {theirs}, the mechanism has {ours}", field=field, value=theirs
+                )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if self.path is None:
+            yield
+            return
+        try:
+            handle = open(self.path.with_name(self.path.name + ".lock"), "w")  # noqa: SIM115 closed below
+        except OSError as error:
+            raise InputError(f"cannot be locked: {error.strerror}", file=self.path) from error
+        with handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def _parameters(self) -> dict:
         return {

@@ -36,6 +36,12 @@ class CertifiedRates:
     """D_α(without ‖ with) ≤ reverse·Σx²"""
 
 
+_MUS = (1e-9, 1e8)
+"""Skellam parameters whose sums fit in memory and in floating point."""
+
+_FINEST_BOUND = 1e-6  # below, x² and L − 1 are too small for sums of relative precision
+
+
 @lru_cache(maxsize=256)
 def certified_rates(mu: float, coordinate_bound: float, max_order: int) -> CertifiedRates:
     """Return upper bounds of D_α(x)/x² over 0 < x ≤ coordinate_bound for all integer orders up to max_order.
@@ -52,13 +58,19 @@ def certified_rates(mu: float, coordinate_bound: float, max_order: int) -> Certi
     >>> bool(1.0 <= rates.forward[6] * 4 * 200 / 8 < 1.02)  # relative to Gaussian noise of the same variance
     True
     """
-    if not (mu > 0 and math.isfinite(mu)):
-        raise InputError("the Skellam parameter must be positive and finite", field="mu", value=mu)
+    if not (_MUS[0] <= mu <= _MUS[1]):
+        raise InputError(
+            f"numeric accounting is computed for Skellam parameters in {_MUS[0]:g}..{_MUS[1]:g}",
+            field="mu",
+            value=mu,
+        )
     if max_order < 2:
         raise InputError("expected an order of at least 2", field="max_order", value=max_order)
-    if not (coordinate_bound > 0 and math.isfinite(coordinate_bound)):
+    if not (_FINEST_BOUND <= coordinate_bound < math.inf):
         raise InputError(
-            "expected a positive finite number", field="coordinate_bound", value=coordinate_bound
+            f"expected a finite number of at least {_FINEST_BOUND:g}",
+            field="coordinate_bound",
+            value=coordinate_bound,
         )
     sums = _MixtureSums(mu, coordinate_bound, max_order)
     grid = _grid(mu, coordinate_bound, max_order)
@@ -142,8 +154,9 @@ class _MixtureSums:
             tails = np.stack([self._tail(x, *law) for x, law in zip(grid[part], laws, strict=True)])
             ratio, u = (np.stack(rows)[:, 1:-1] for rows in zip(*laws, strict=True))
             forward[part], reverse[part] = self._powers(ratio, u)
-            forward[part] += tails
-            reverse[part] += tails
+            with np.errstate(over="ignore"):  # an infinite sum is a bound too
+                forward[part] += tails
+                reverse[part] += tails
         return forward, reverse, *self._near_zero(grid[0])
 
     def _ratio(self, x: float) -> tuple[Float64[np.ndarray, " z"], Float64[np.ndarray, " z"]]:
@@ -152,8 +165,9 @@ class _MixtureSums:
         p = x - k
         base = self.table[np.abs(self.z - k)] - self.table[np.abs(self.z)]
         step = self.table[np.abs(self.z - k - 1)] - self.table[np.abs(self.z - k)]
-        ratio = np.exp(base) * ((1 - p) + p * np.exp(step))
-        return ratio, np.expm1(base) + np.exp(base) * p * np.expm1(step)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows ends as an infinite bound
+            ratio = np.exp(base) * ((1 - p) + p * np.exp(step))
+            return ratio, np.expm1(base) + np.exp(base) * p * np.expm1(step)
 
     def _tail(
         self, x: float, ratio: Float64[np.ndarray, " z"], _: object = None
@@ -163,9 +177,11 @@ class _MixtureSums:
         inner = z - steps + 2
         turan = -math.log1p(-2 / (inner + math.sqrt(4 * self.mu**2 + inner**2)))  # log r_(z-1)/r_z at most
         log_ratio = self.table[z + 1] - self.table[z] + steps * self.orders * turan
-        up = self.table[z] + self.orders * math.log(ratio[-1])
-        down = self.table[z] - (self.orders - 1) * math.log(ratio[0])
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            up = self.table[z] + self.orders * np.log(
+                ratio[-1]
+            )  # a ratio that under- or overflowed: infinite
+            down = self.table[z] - (self.orders - 1) * np.log(ratio[0])
             bound = 2 * (self.orders + 1) * (np.exp(up) + np.exp(down)) / -np.expm1(log_ratio)
         return np.where((log_ratio < 0) & np.isfinite(bound), bound, np.inf)
 
@@ -181,8 +197,8 @@ class _MixtureSums:
         g, h = np.zeros_like(u), np.zeros_like(u)
         forward = np.empty((len(u), self.orders.size))
         reverse = np.empty_like(forward)
-        inverse = 1 / ratio
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            inverse = 1 / ratio
             for index, order in enumerate(self.orders):
                 g *= ratio
                 g += (order - 1) * square

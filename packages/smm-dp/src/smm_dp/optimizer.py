@@ -76,17 +76,14 @@ class SMMOptimizer(torch.optim.Optimizer):
             raise InputError(
                 "expected a positive number", field="expected_batch_size", value=expected_batch_size
             )
-        kind = ledger.round_privacy
-        for field, theirs, ours in (
-            ("clip", kind.clip, mechanism.clip),
-            ("mu", kind.mu, mechanism.mu_total),
-            ("coordinate_bound", kind.coordinate_bound, mechanism.coordinate_bound),
-            ("accounting", kind.accounting, mechanism.accounting),
-        ):
-            if theirs != ours:
-                raise InputError(
-                    f"the ledger was opened for {theirs}, the mechanism has {ours}", field=field, value=theirs
-                )
+        ledger.check(mechanism)
+        if ledger.round_privacy.mu != mechanism.mu_total:
+            raise InputError(
+                f"the ledger was opened for {ledger.round_privacy.mu:g}, the mechanism has "
+                f"{mechanism.mu_total:g}",
+                field="mu",
+                value=ledger.round_privacy.mu,
+            )
         dim = sum(value.numel() for value in self.params)
         if dim != mechanism.dim:
             raise InputError(
@@ -152,7 +149,8 @@ class SMMOptimizer(torch.optim.Optimizer):
 
         Raises:
             BudgetExceeded: By the ledger; nothing was released, parameters are as before.
-            InputError: Per-sample gradients are unusable; nothing was charged.
+            InputError: Per-sample gradients are absent or not finite (nothing was charged), or so large that
+                the grid has no room for them (charged, nothing released).
         """
         if closure is not None:
             with torch.enable_grad():

@@ -232,15 +232,22 @@ class Accountant:
         return tuple(self._history)
 
     def add(self, round_privacy: RoundPrivacy, rounds: int = 1) -> None:
-        """Charge `rounds` rounds."""
+        """Charge `rounds` rounds.
+
+        Raises:
+            InputError: No round at all, or one of another adjacency than those before.
+        """
         if rounds < 1:
             raise InputError("expected at least 1 round", field="rounds", value=rounds)
+        self._check_adjacency(round_privacy)
         if self._history and self._history[-1][0] == round_privacy:
             rounds += self._history.pop()[1]
         self._history.append((round_privacy, rounds))
 
     def rdp(self, also: Sequence[tuple[RoundPrivacy, int]] = ()) -> Float64[np.ndarray, " n"]:
         """Return the composed divergence at orders 2, 3, ... of the history and of `also`."""
+        for kind, _ in also:
+            self._check_adjacency(kind)
         history = [*self._history, *also]
         paper_only = all(kind.accounting == "paper" for kind, _ in history)
         top = ORDERS[-1] if paper_only else NUMERIC_MAX_ORDER
@@ -274,6 +281,15 @@ class Accountant:
                 stacklevel=2,
             )
         return spent
+
+    def _check_adjacency(self, kind: RoundPrivacy) -> None:
+        if self._history and self._history[0][0].adjacency != kind.adjacency:
+            raise InputError(
+                f"the rounds before protect against {self._history[0][0].adjacency}: statements about "
+                "different adjacencies do not add up",
+                field="adjacency",
+                value=kind.adjacency,
+            )
 
     def state(self) -> list[dict]:
         """Return the history as plain data; `from_state` reads it."""

@@ -53,8 +53,10 @@ def secure_round(
     Raises:
         BudgetExceeded: Before anything was sent.
         AggregationAborted: Too few finished.
-        InputError: A vector is unusable; names the participant.
+        InputError: A vector is unusable; names the participant. Or the mechanism is not what the ledger's
+            rounds state; nothing was charged then.
     """
+    ledger.check(mechanism)
     names = tuple(vectors)
     degree = None if len(names) <= _DENSE else 16
     reach = len(names) - 1 if degree is None else degree
@@ -68,6 +70,13 @@ def secure_round(
             "ledger's rounds state "
             f"{ledger.round_privacy.mu:.6g}",
             field="least",
+        )
+    if ledger.round_privacy.effective_rate < 1 and not mechanism.participants == len(names) == least:
+        raise InputError(
+            f"amplification by sampling needs one constant total noise: the mechanism shares it among "
+            f"{mechanism.participants}, {len(names)} take part and {least} suffice",
+            field="least",
+            value=least,
         )
     ledger.charge()
     residues = {name: mechanism.encode(vector, participant=name) for name, vector in vectors.items()}

@@ -31,6 +31,8 @@ from smm_dp.masks import combine_shares, derive, split_secret, uniform_mask
 from smm_dp.packing import check_bits, check_residues, pack_bits, unpack_bits
 from smm_dp.randomness import secure_source
 
+_KEY = 32  # bytes of an X25519 key, of a seed, and of a share of either
+
 
 class AggregationAborted(RuntimeError):
     """Too few participants finished: the sum stays hidden; budget that was charged stays charged."""
@@ -274,13 +276,32 @@ class Aggregator:
         self._answers: dict[str, Unmasking] = {}
 
     def receive_keys(self, message: PublicKeys) -> None:
-        """Take a first message; a participant sends one."""
+        """Take a first message; a participant sends one.
+
+        Raises:
+            InputError: An unknown or a second sender, or what is no pair of X25519 keys.
+        """
         self._check_sender(message.sender, self.keys, self.plan.participants)
+        for key in (message.encryption, message.masking):
+            if len(key) != _KEY:
+                raise InputError(
+                    f"{message.sender} sent a key of {len(key)} bytes, expected {_KEY}", field="keys"
+                )
         self.keys[message.sender] = message
 
     def receive_shares(self, sender: str, shares: Mapping[str, bytes]) -> None:
-        """Take a second message."""
+        """Take a second message.
+
+        Raises:
+            InputError: An unknown or a second sender, or shares for others than all its neighbours with keys.
+        """
         self._check_sender(sender, self.sharers, self.keys)
+        expected = {name for name in self.plan.neighbours(sender) if name in self.keys}
+        if set(shares) != expected:
+            raise InputError(
+                f"{sender} sent shares for {len(shares)} names, expected its {len(expected)} neighbours",
+                field="shares",
+            )
         for name, message in shares.items():
             self._mail[name][sender] = message
         self.sharers.add(sender)
@@ -304,8 +325,15 @@ class Aggregator:
         self.finished.add(sender)
 
     def receive_unmasking(self, message: Unmasking) -> None:
-        """Take a fourth message."""
+        """Take a fourth message.
+
+        Raises:
+            InputError: An unknown or a second sender, or what is no share of a key.
+        """
         self._check_sender(message.sender, self._answers, self.finished)
+        for index, share in (*message.self_masks.values(), *message.mask_keys.values()):
+            if not (isinstance(index, int) and index > 0 and len(share) == _KEY):
+                raise InputError(f"{message.sender} sent what is no share of a key", field="unmasking")
         self._answers[message.sender] = message
 
     def result(self) -> UInt32[np.ndarray, " d"]:
@@ -331,6 +359,8 @@ class Aggregator:
         if not near:
             return
         key = X25519PrivateKey.from_private_bytes(self._secret(dropped, "mask_keys"))
+        if key.public_key().public_bytes_raw() != self.keys[dropped].masking:
+            raise AggregationAborted(f"the shares of the key of {dropped} do not give that key")
         for name in near:  # what the survivor added for this pair is minus what the dropped one would have
             total += _pair_mask(key, self.keys[name], dropped, self.plan)
 
