@@ -129,6 +129,17 @@ def test_one_package_alone_keeps_the_others_in_the_report(fake: FakeWorkspace) -
     assert json.loads((fake.root / "runs" / "summary.json").read_text())["exit_code"] == 0
 
 
+def test_a_package_without_a_proof_is_named_and_left_out(
+    fake: FakeWorkspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.proving("one", proof("one"), 0)
+    fake.package("two", "sys.exit(2)")
+    (fake.root / "packages" / "two" / "src" / "two").mkdir(parents=True)
+    assert run(fake) == 0
+    assert list(outcomes(fake)) == ["one"]
+    assert "two  under construction: it has no proof yet" in capsys.readouterr().out
+
+
 def test_an_unknown_package_gives_2_and_the_names(
     fake: FakeWorkspace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,7 +97,7 @@ def smm_mod(msg: Message, ctx: "Context", call_next: Callable[[Message, "Context
         if msg.metadata.message_type.split(".")[0] != MessageType.TRAIN:
             return call_next(msg, ctx)
         raise InputError(
-            "the server asks for training without the record of SkellamMixtureStrategy, and the reply would be "
+            "the server asks for training without the record of SkellamMixtureStrategy: the reply would be "
             "the model in the clear: use that strategy, or take smm_mod out",
             field="message",
         )
