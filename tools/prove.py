@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prove(member, runs, quick=arguments.quick, timeout=arguments.timeout, console=console)
         for member in chosen
     ]
-    code = max(record.EXIT_CODES[outcome.status] for outcome in outcomes)
+    code = max((record.EXIT_CODES[outcome.status] for outcome in outcomes), default=0)
     everything = merged(outcomes, earlier, order)
     record.write_summary(everything, code, runs)
     page = report.write(runs, everything)

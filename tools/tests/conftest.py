@@ -32,6 +32,7 @@ class FakeWorkspace:
         path = self.root / folder
         (path / "src" / module).mkdir(parents=True)
         (path / "src" / module / "__init__.py").touch()
+        (path / "src" / module / "proof.py").touch()
         text = PYPROJECT.format(distribution=distribution, module=module, command=command)
         (path / "pyproject.toml").write_text(text)
         return path

@@ -134,7 +134,7 @@ def test_a_package_without_a_proof_is_named_and_left_out(
 ) -> None:
     fake.proving("one", proof("one"), 0)
     fake.package("two", "sys.exit(2)")
-    (fake.root / "packages" / "two" / "src" / "two").mkdir(parents=True)
+    (fake.root / "packages" / "two" / "src" / "two" / "proof.py").unlink()
     assert run(fake) == 0
     assert list(outcomes(fake)) == ["one"]
     assert "two  under construction: it has no proof yet" in capsys.readouterr().out
