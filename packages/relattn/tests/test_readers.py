@@ -19,8 +19,8 @@ NEWTS_HEADER = ["", "AssignmentId", "docId", "article", "tid1", "tid2", "words1"
 
 def newts_row(document="d7", words1="goal, match, league, ", words2="court, judge"):
     text = "A long\narticle, with a comma."
-    return ["0", "a1", document, text, "3", "9", words1, words2, "a goal, a match,", "the court", "It is about football.", "It is about a trial, in court.", "About football.",
-            "About a trial."]  # fmt: skip
+    controls = [words1, words2, "a goal, a match,", "the court", "On football.", "On a trial, in court."]
+    return ["0", "a1", document, text, "3", "9", *controls, "About football.", "About a trial."]
 
 
 def write_csv(path, rows):
@@ -45,7 +45,7 @@ def test_newts_gives_two_examples_a_row_and_keeps_a_last_word_without_comma(tmp_
     phrases, _ = load_newts(tmp_path / "n.csv", control="phrases")
     assert phrases.control == ("a goal", "a match")
     _, sentence = load_newts(tmp_path / "n.csv", control="sentences")
-    assert sentence.control == ("It is about a trial, in court.",)
+    assert sentence.control == ("On a trial, in court.",)
 
 
 def test_newts_says_which_columns_are_missing(tmp_path):

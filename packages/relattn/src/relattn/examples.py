@@ -50,6 +50,21 @@ class Fields:
     document_id: str = "document_id"
 
 
+@dataclass(frozen=True)
+class MethodSummary:
+    """What a method gave for one document.
+
+    Attributes:
+        text: The summary.
+        weight: Its steering weight; None where the method has none.
+        warnings: Truncation, phrases that do not occur, and the like.
+    """
+
+    text: str
+    weight: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
 def example_of(row: Row, fields: Fields, number: int) -> Example:
     """A table's row as an example.
 

@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from relattn.controls import Control, control_phrases, encode_control
 from relattn.encoding import EncodedBatch, encode
+from relattn.examples import MethodSummary
 from relattn.extract import extract, relevant_sentences, sentence_relevance
 from relattn.generation import evaluating, generation_settings
 from relattn.logit_boost import KeywordBoost
@@ -62,21 +63,6 @@ class MethodSettings:
     pplm: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     generate: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MethodSummary:
-    """What a method gave for one document.
-
-    Attributes:
-        text: The summary.
-        weight: Its steering weight; None where the method has none.
-        warnings: Truncation, phrases that do not occur, and the like.
-    """
-
-    text: str
-    weight: float | None = None
-    warnings: tuple[str, ...] = ()
 
 
 def summarize(

@@ -1,0 +1,423 @@
+"""The command `relattn`: summarize, explain, evaluate and learn from a few examples, and prove the claim."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shared_core import InputError, command, files
+
+if TYPE_CHECKING:
+    from relattn.examples import Example
+    from relattn.steerer import Steerer
+
+# Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
+
+METHOD_NAMES = (
+    "plain", "prefix", "pplm", "bias", "boost", "extract", "relattn", "relattn-online", "relattn-prefix",
+)  # fmt: skip
+FORMATS = ("jsonl", "csv", "newts", "entsum", "aclsum", "ctrlsum")
+
+app = typer.Typer(
+    help="Steers any encoder-decoder summarizer to what the reader asked for, by relevance attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command, with the exit codes 0, 1 (the claim does not hold) and 2 (bad input)."""
+    command.run(app)
+
+
+@app.callback()
+def _warnings_in_one_line() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logger = logging.getLogger("relattn")
+    logger.handlers = [handler]
+    logger.propagate = False
+
+
+def _weight(value: str | None) -> str | None:
+    if value is None or value == "online":
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise typer.BadParameter(f'expected a number from 0 to 1, or "online", got {value!r}')
+    return value
+
+
+def _temperature(value: str) -> str:
+    try:
+        valid = value == "auto" or 0 < float(value) < float("inf")
+    except ValueError:
+        valid = False
+    if not valid:
+        raise typer.BadParameter(f'expected a number above 0, or "auto", got {value!r}')
+    return value
+
+
+def _one_of(allowed: tuple[str, ...]) -> Any:
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}")
+        return value
+
+    return check
+
+
+Model = Annotated[str, typer.Option(help="Model directory, or a name that transformers knows.")]
+Control = Annotated[list[str], typer.Option(help="What the reader asks for; repeat it for several phrases.")]
+WeightOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Steering weight, 0 to 1, or online; 0.12, or the module's, if not given.", callback=_weight
+    ),
+]
+Temperature = Annotated[
+    str,
+    typer.Option(
+        help="Sharpness of relevance: 1 is the paper's, auto often steers better.", callback=_temperature
+    ),
+]
+Module = Annotated[
+    Path | None, typer.Option(help="Trained module, from `fewshot`.", exists=True, file_okay=False)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
+Beams = Annotated[int | None, typer.Option(min=1, help="Beams; the model's own if not given, else 4.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest summary, in tokens.")]
+MinTokens = Annotated[int | None, typer.Option(min=0, help="Shortest summary, in tokens.")]
+MaxSource = Annotated[int | None, typer.Option(min=1, help="Longest source, in tokens; the model's limit.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Documents decoded together.")]
+Document = Annotated[
+    Path | None, typer.Argument(help="Text file; standard input if not given.", exists=True, dir_okay=False)
+]
+Data = Annotated[Path | None, typer.Option(help="File, or folder for ctrlsum; none for aclsum.", exists=True)]
+Format = Annotated[str, typer.Option(help=", ".join(FORMATS), callback=_one_of(FORMATS))]
+Split = Annotated[str, typer.Option(help="Of aclsum and ctrlsum: train, val or test.")]
+Articles = Annotated[
+    Path | None, typer.Option(help="entsum: folder with the articles' texts.", exists=True, file_okay=False)
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed rows out, with a warning.")]
+
+
+@app.command()
+def summarize(
+    model: Model,
+    control: Control,
+    document: Document = None,
+    weight: WeightOption = None,
+    temperature: Temperature = "1",
+    module: Module = None,
+    beams: Beams = None,
+    max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
+    max_source: MaxSource = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the summary and its reasons as JSON.")] = None,
+) -> None:
+    """Summarize a text about what the reader asks for."""
+    text = _text(document)
+    steerer = _steerer(model, temperature, module, max_source, device)
+    settings = _generation(beams, max_tokens, min_tokens)
+    (summary,) = steerer.generate([text], [control], _number(weight), **settings)
+    if out is not None:
+        files.write_json(out, {
+            "summary": summary.text,
+            "control": control,
+            "weight": summary.weight,
+            "effective_support": summary.relevance.effective_support,
+            "candidates": [{"weight": c.weight, "text": c.text, "kept": c.kept} for c in summary.candidates],
+            "warnings": summary.warnings,
+        })  # fmt: skip
+    typer.echo(summary.text)
+
+
+@app.command()
+def explain(
+    model: Model,
+    control: Control,
+    document: Document = None,
+    temperature: Temperature = "1",
+    module: Module = None,
+    weight: WeightOption = None,
+    max_source: MaxSource = None,
+    device: Device = "auto",
+    summary: Annotated[bool, typer.Option("--summary", help="Summarize, too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write a page (.html) or numbers (.json), too.")] = None,
+) -> None:
+    """Show which parts of a text are relevant to what the reader asks for."""
+    if out is not None and out.suffix not in (".html", ".json"):
+        raise InputError("expected a file name that ends in .html or .json", field="--out", value=str(out))
+    text = _text(document)
+    steerer = _steerer(model, temperature, module, max_source, device)
+    from relattn import explain as view
+
+    if summary:
+        (made,) = steerer.generate([text], [control], _number(weight))
+        explanation = view.explain(text, made.relevance, made.text, ", ".join(control))
+    else:
+        (result,) = steerer.relevance([text], [control])
+        explanation = view.explain(text, result, title=", ".join(control))
+    Console().print(view.to_terminal(explanation))
+    if out is not None:
+        files.write_text(
+            out, view.to_html(explanation) if out.suffix == ".html" else view.to_json(explanation)
+        )
+        print(f"written: {out}", file=sys.stderr)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and metrics.json.", file_okay=False)],
+    data: Data = None,
+    format: Format = "jsonl",
+    split: Split = "test",
+    articles: Articles = None,
+    method: Annotated[
+        str, typer.Option(help=", ".join(METHOD_NAMES), callback=_one_of(METHOD_NAMES))
+    ] = "relattn",
+    weight: WeightOption = None,
+    temperature: Temperature = "1",
+    module: Module = None,
+    beams: Beams = None,
+    max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
+    max_source: MaxSource = None,
+    batch_size: BatchSize = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples.")] = None,
+    device: Device = "auto",
+    skip_bad: SkipBad = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUT holds.")] = False,
+) -> None:
+    """Summarize and score a data set; finished examples are on disk at once."""
+    if weight == "online":
+        method, weight = "relattn-online", None
+    examples = _examples(data, format, split, articles, skip_bad)[:limit]
+    steerer = _steerer(model, temperature, module, max_source, device)
+    from relattn import evaluation, methods
+
+    options = _generation(beams, max_tokens, min_tokens)
+    settings = methods.MethodSettings(
+        weight=None if weight is None else float(weight), batch_size=batch_size, generate=options
+    )
+    recorded = {
+        "model": model, "method": method, "weight": weight, "temperature": temperature,
+        "module": None if module is None else str(module), "generate": options, "max_source": max_source,
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True).status("") as status:
+        finished = evaluation.evaluate(
+            examples,
+            lambda texts, controls: methods.summarize(method, steerer, texts, controls, settings),  # pyright: ignore[reportArgumentType]
+            out / "results.jsonl",
+            recorded,
+            batch_size=batch_size,
+            resume=resume,
+            on_done=lambda done: status.update(f"{done} of {len(examples)} examples"),
+        )
+    metrics = evaluation.report(finished)
+    files.write_json(out / "metrics.json", {
+        "settings": recorded,
+        "examples": len(finished),
+        "seconds": sum(line.seconds for line in finished),
+        "warnings": sum(bool(line.warnings) for line in finished),
+        "metrics": {name: vars(interval) for name, interval in metrics.items()},
+    })  # fmt: skip
+    table = Table(
+        "metric", "mean", "95 % interval over documents", title=f"{method}, {len(finished)} examples"
+    )
+    for name, found in metrics.items():
+        table.add_row(name, f"{found.mean:.4f}", f"{found.low:.4f} .. {found.high:.4f} ({found.documents})")
+    Console().print(table)
+    typer.echo(f"written: {out / 'results.jsonl'}, {out / 'metrics.json'}")
+
+
+@app.command()
+def fewshot(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the module (and model).", file_okay=False)],
+    data: Data = None,
+    format: Format = "jsonl",
+    split: Split = "train",
+    articles: Articles = None,
+    train: Annotated[int, typer.Option(min=1, help="Documents to train on.")] = 10,
+    validation: Annotated[int, typer.Option(min=1, help="Other documents, to choose the best step.")] = 10,
+    trainable: Annotated[
+        str,
+        typer.Option(help="all, cross_attention or new", callback=_one_of(("all", "cross_attention", "new"))),
+    ] = "all",
+    weight_variant: Annotated[
+        str,
+        typer.Option(
+            help="per_layer, per_head or linear", callback=_one_of(("per_layer", "per_head", "linear"))
+        ),
+    ] = "linear",
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = 3e-5,
+    temperature: Temperature = "1",
+    max_tokens: MaxTokens = None,
+    beams: Beams = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which documents, their order, and dropout.")] = 0,
+    device: Device = "auto",
+    skip_bad: SkipBad = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's checkpoint.")] = False,
+) -> None:
+    """Learn from a few examples how strongly, and by what relevance, to steer."""
+    examples = _examples(data, format, split, articles, skip_bad)
+    loaded, tokenizer = _load(model, device)
+    from relattn import fewshot as learning
+    from relattn.fewshot_data import split_by_document
+    from relattn.weights import RelAttnModule
+
+    few = [
+        learning.FewShotExample(e.document_id, e.document, e.control, e.summary)
+        for e in examples
+        if e.summary
+    ]
+    chosen, held_out = split_by_document(few, train, validation, seed)
+    sharpness = "auto" if temperature == "auto" else float(temperature)
+    module = RelAttnModule.for_model(
+        loaded, relevance="trained", weight=weight_variant, initial_weight=0.07, temperature=sharpness
+    )
+    settings = learning.FewShotSettings(
+        trainable=trainable, steps=steps, warmup=min(10, steps), learning_rate=learning_rate, seed=seed,
+        generation=_generation(beams, max_tokens, None),
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True).status("training") as status:
+        result = learning.fit(
+            loaded, tokenizer, chosen, held_out, module, settings,
+            checkpoint=out / "checkpoint.safetensors", resume=resume,
+            on_step=lambda step, loss: status.update(f"step {step} of {steps}, loss {loss:.3f}"),
+        )  # fmt: skip
+    result.module.save_pretrained(out)
+    if trainable != "new":
+        loaded.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    files.write_json(out / "fewshot.json", {
+        "train": sorted({e.document_id for e in chosen}),
+        "validation": sorted({e.document_id for e in held_out}),
+        "best_step": result.best_step,
+        "scores": {str(step): score for step, score in result.scores.items()},
+    })  # fmt: skip
+    typer.echo(
+        f"best step {result.best_step}: mean ROUGE {result.scores[result.best_step]:.4f} on validation"
+        f" documents, {result.scores[0]:.4f} before"
+    )
+    typer.echo(f"written: {out}")
+
+
+@app.command()
+def prove(
+    out: Annotated[Path, typer.Option(help="Folder for proof.json and pictures.", file_okay=False)] = Path(
+        "runs/relattn"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of training.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller run that takes seconds.")] = False,
+) -> None:
+    """Show on embedded data whether the paper's claim holds; exit code 0 where it does, 1 where not."""
+    from relattn.proof import prove as run_proof  # pyright: ignore[reportMissingImports]
+
+    raise typer.Exit(run_proof(out, seeds, quick))
+
+
+def _text(document: Path | None) -> str:
+    if document is None:
+        if sys.stdin.isatty():
+            raise InputError("expected a text file, or text on standard input", field="DOCUMENT")
+        return sys.stdin.read()
+    try:
+        return document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 text: {error.reason} at byte {error.start}", file=document) from error
+
+
+def _number(weight: str | None) -> Any:
+    return weight if weight in (None, "online") else float(weight)
+
+
+def _generation(beams: int | None, max_tokens: int | None, min_tokens: int | None) -> dict[str, Any]:
+    given = {"num_beams": beams, "max_new_tokens": max_tokens, "min_new_tokens": min_tokens}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _examples(
+    data: Path | None, form: str, split: str, articles: Path | None, skip_bad: bool
+) -> list[Example]:
+    from relattn import readers
+    from relattn.entsum import load_entsum
+
+    if form == "aclsum":
+        return readers.load_aclsum(split)
+    if data is None:
+        raise InputError(f"is missing: expected the data's place for the format {form}", field="--data")
+    if form == "entsum":
+        if articles is None:
+            raise InputError("is missing: entsum's annotations need the articles' folder", field="--articles")
+        return load_entsum(data, articles, skip_bad=skip_bad)
+    if form == "ctrlsum":
+        return readers.load_ctrlsum(data, split)
+    load = {"jsonl": readers.load_jsonl, "csv": readers.load_csv, "newts": readers.load_newts}[form]
+    return load(data, skip_bad=skip_bad)
+
+
+def _steerer(
+    model: str, temperature: str, module: Path | None, max_source: int | None, device: str
+) -> Steerer:
+    from relattn.relevance import EmbeddingRelevance
+    from relattn.steerer import Steerer
+    from relattn.weights import RelAttnModule
+
+    loaded, tokenizer = _load(model, device)
+    if module is not None:
+        trained = RelAttnModule.from_pretrained(module).to(loaded.device)
+        return Steerer(loaded, tokenizer, module=trained, max_source_tokens=max_source)
+    sharpness = "auto" if temperature == "auto" else float(temperature)
+    relevance = EmbeddingRelevance(temperature=sharpness)
+    return Steerer(loaded, tokenizer, relevance, max_source_tokens=max_source)
+
+
+def _load(name: str, device: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        message = f"no such device here ({str(error).splitlines()[0]})"
+        raise InputError(message, field="--device", value=device) from error
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if not config.is_encoder_decoder:
+            from relattn.families import SUPPORTED
+
+            raise InputError(
+                f"{config.model_type} is no encoder-decoder model: expected one of {', '.join(SUPPORTED)}",
+                field="--model",
+                value=name,
+            )
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except InputError:
+        raise
+    except (OSError, KeyError, ValueError) as error:  # transformers has all three for what it cannot read
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot be loaded: {first}", field="--model", value=name) from error
+    return model.eval().to(where), tokenizer

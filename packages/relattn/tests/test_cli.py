@@ -1,0 +1,213 @@
+"""The command works on a user's own model directory and data, and says in one line what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import CORPUS
+
+from relattn import cli, methods
+from relattn.fewshot_data import FewShotExample
+from shared_core import command
+
+SHORT = ["--beams", 2, "--max-tokens", 8, "--device", "cpu"]
+
+
+def run(*arguments: object) -> int:
+    """The command's exit code."""
+    with pytest.raises(SystemExit) as ended:
+        command.run(cli.app, [str(argument) for argument in arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture(params=["bart", "t5"])
+def folder(request, bart_folder, t5_folder):
+    return bart_folder if request.param == "bart" else t5_folder
+
+
+@pytest.fixture
+def article(tmp_path):
+    path = tmp_path / "article.txt"
+    path.write_text(f"{CORPUS[0]} {CORPUS[2]}\n")
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {
+            "document": f"{CORPUS[n]} {CORPUS[n + 1]}",
+            "document_id": f"d{n}",
+            "control": control,
+            "summary": text,
+            "id": f"{n}-{control}",
+        }
+        for n in range(5)
+        for control, text in (("music", CORPUS[n]), ("water", CORPUS[n + 1]))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_help_and_wrong_arguments_answer_without_torch(tmp_path: Path):
+    code = """
+import sys
+from shared_core import command
+from relattn import cli
+for arguments in (
+    ["--help"], ["summarize", "--help"], ["eval", "--help"], ["prove", "--help"],
+    ["summarize", "--model", "x", "--control", "a", "--weight", "2", "x.txt"],
+    ["summarize", "--model", "x", "--control", "a", "nowhere.txt"],
+    ["eval", "--model", "x", "--out", "y", "--method", "magic"],
+    ["explain", "--model", "x", "--control", "a", "--temperature", "0"],
+    ["prove", "--seeds", "0"],
+):
+    try:
+        command.run(cli.app, arguments)
+    except SystemExit as ended:
+        print("exit", ended.code)
+print("torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    codes = [line for line in done.stdout.splitlines() if line.startswith("exit")]
+    assert codes == ["exit 0"] * 4 + ["exit 2"] * 5, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_methods_in_the_help_are_those_there_are():
+    assert cli.METHOD_NAMES == methods.METHODS
+
+
+def test_summarize_steers_a_models_own_directory(folder, article, tmp_path, capsys):
+    arguments = ["summarize", "--model", folder, "--control", "music", article, *SHORT]
+    assert run(*arguments, "--weight", "0.5", "--out", tmp_path / "s.json") == 0
+    steered = capsys.readouterr().out.strip()
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert (found["summary"], found["weight"], found["control"]) == (steered, 0.5, ["music"])
+    assert run(*arguments, "--weight", "0.5") == 0
+    assert capsys.readouterr().out.strip() == steered  # two runs give the same text
+    assert run(*arguments, "--weight", "online", "--out", tmp_path / "o.json") == 0
+    tried = json.loads((tmp_path / "o.json").read_text())["candidates"]
+    assert [c["weight"] for c in tried] == [round(0.01 * n, 2) for n in range(1, 31)]
+
+
+def test_explain_writes_a_page_and_numbers(folder, article, tmp_path, capsys):
+    for name in ("page.html", "numbers.json"):
+        assert run("explain", "--model", folder, "--control", "music", article, "--device", "cpu", "--out",
+                   tmp_path / name) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "relevance to music: spread over about" in printed
+    assert "Jazz musicians met" in (tmp_path / "page.html").read_text()
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert len(numbers["sentences"]) == 2
+    assert run("explain", "--model", folder, "--control", "music", article, "--out", tmp_path / "x.pdf") == 2
+    assert "--out: expected a file name that ends in .html or .json" in capsys.readouterr().err
+
+
+def test_eval_scores_resumes_and_refuses_to_mix(folder, data, tmp_path, capsys):
+    arguments = [
+        "eval",
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "e",
+        "--batch-size",
+        4,
+        *SHORT,
+    ]
+    assert run(*arguments, "--limit", 4) == 0
+    assert run(*arguments) == 2
+    assert "give --resume" in capsys.readouterr().err
+    assert run(*arguments, "--weight", "0.3", "--resume") == 2
+    assert "other settings (weight)" in capsys.readouterr().err
+    assert run(*arguments, "--resume") == 0
+    found = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert found["examples"] == 10
+    assert found["metrics"]["rouge1"]["documents"] == 5  # intervals are over documents, not examples
+    assert set(found["metrics"]) >= {"control_contrast", "success", "rougeLsum", "copy_density"}
+    assert "95 % interval over documents" in capsys.readouterr().out
+    ids = [json.loads(line)["id"] for line in (tmp_path / "e" / "results.jsonl").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 10
+
+
+def test_fewshot_learns_on_other_documents_than_it_validates_on(folder, data, tmp_path, article, capsys):
+    out = tmp_path / "f"
+    arguments = ["fewshot", "--model", folder, "--data", data, "--out", out, "--train", 2, "--validation", 2,
+                 "--steps", 2, "--trainable", "new", "--weight-variant", "per_layer", *SHORT]  # fmt: skip
+    assert run(*arguments) == 0
+    record = json.loads((out / "fewshot.json").read_text())
+    assert len(record["train"]) == len(record["validation"]) == 2
+    assert not set(record["train"]) & set(record["validation"])
+    assert run("summarize", "--model", folder, "--module", out, "--control", "music", article, *SHORT) == 0
+    capsys.readouterr()
+    assert run(*arguments[:9], "--validation", 9, *arguments[11:]) == 2
+    assert "expected at least 11 documents" in capsys.readouterr().err
+    assert FewShotExample("d", "t", "c", "s").key == ["d", "c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["summarize", "--control", "  "], "control 0 is empty"),
+        (["summarize", "--control", "music", "--device", "cuda:77"], "--device: no such device here"),
+        (["eval", "--out", "OUT"], "--data: is missing: expected the data's place for the format jsonl"),
+        (["eval", "--out", "OUT", "--format", "entsum", "--data", "DATA"], "--articles: is missing"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_code_2(
+    t5_folder, article, data, tmp_path, capsys, arguments, message
+):
+    places = {"OUT": tmp_path / "out", "DATA": data}
+    given = [places.get(a, a) for a in arguments]
+    last = [article] if arguments[0] == "summarize" else []
+    assert run(given[0], "--model", t5_folder, *given[1:], *last) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_models_that_are_no_summarizers_are_named_with_what_is_supported(tmp_path, article, capsys):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)).save_pretrained(
+        tmp_path / "gpt"
+    )
+    assert run("summarize", "--model", tmp_path / "gpt", "--control", "x", article) == 2
+    assert "gpt2 is no encoder-decoder model: expected one of BART, PEGASUS" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run("summarize", "--model", tmp_path / "empty", "--control", "x", article) == 2
+    assert "--model: cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_control_that_the_text_lacks_is_a_warning(t5_folder, article, capsys):
+    assert run("summarize", "--model", t5_folder, "--control", "opera", article, *SHORT) == 0
+    assert "warning: 'opera' does not occur in the source; best match:" in capsys.readouterr().err
+
+
+def test_skip_bad_keeps_the_other_rows(t5_folder, data, tmp_path, capsys):
+    data.write_text(data.read_text() + "{broken\n")
+    arguments = [
+        "eval",
+        "--model",
+        t5_folder,
+        "--data",
+        data,
+        "--method",
+        "plain",
+        "--out",
+        tmp_path / "e",
+        *SHORT,
+    ]
+    assert run(*arguments) == 2
+    assert "line 11: is not JSON" in capsys.readouterr().err
+    assert run(*arguments, "--skip-bad") == 0
+    assert "warning: skipped:" in capsys.readouterr().err
