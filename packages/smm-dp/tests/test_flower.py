@@ -1,5 +1,6 @@
 """Flower's own simulation engine, with secure aggregation and clients that drop out."""
 
+import json
 import warnings
 
 import numpy as np
@@ -95,3 +96,173 @@ def test_dropouts_and_amplification_exclude_each_other():
             SkellamMixtureStrategy(FedAvg(), found, ledger, **arguments)
         with pytest.raises(InputError, match="another kind of round"):
             SkellamMixtureStrategy(FedAvg(), found, ledger, population=12, sampling_rate=0.4)
+
+
+class FakeGrid:
+    """Clients in this process: messages go through `smm_mod`, an exception becomes an error reply."""
+
+    def __init__(self, clients, change=0.1, spoil=None):
+        from types import SimpleNamespace
+
+        from flwr.app import RecordDict
+
+        self.contexts = {node: SimpleNamespace(state=RecordDict()) for node in range(1, clients + 1)}
+        self.change, self.spoil = change, spoil
+        self.trained, self.errors = [], []
+
+    def get_node_ids(self):
+        return list(self.contexts)
+
+    def train(self, message, context):
+        from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+
+        node = message.metadata.dst_node_id
+        self.trained.append(node)
+        change = self.change(node) if callable(self.change) else self.change
+        new = {name: Array(a.numpy() + np.float32(change)) for name, a in message.content["arrays"].items()}
+        content = RecordDict({"arrays": ArrayRecord(new), "metrics": MetricRecord({"num-examples": 1})})
+        return flwr.app.Message(content=content, reply_to=message)
+
+    def send_and_receive(self, messages, timeout=None):
+        return [self.reply(message) for message in messages]
+
+    def reply(self, message):
+        from flwr.app import ConfigRecord, Error
+
+        from smm_dp.flower import smm_mod
+
+        node = message.metadata.dst_node_id
+        message.metadata.__dict__["_message_id"] = f"{node}"
+        stage = json.loads(message.content["smm-dp"]["json"])["stage"]
+        try:
+            answer = smm_mod(message, self.contexts[node], self.train)
+        except Exception as error:
+            self.errors.append((node, str(error)))
+            answer = flwr.app.Message(Error(code=2, reason=str(error)), reply_to=message)
+        else:
+            if self.spoil and node == 2:
+                data = self.spoil(stage, json.loads(answer.content["smm-dp"]["json"]))
+                answer.content["smm-dp"] = ConfigRecord({"json": json.dumps(data)})
+        answer.metadata.__dict__["_src_node_id"] = node
+        return answer
+
+
+@pytest.fixture
+def task(monkeypatch):
+    """What Flower's engine sets in a process of its own; messages cannot be made without it."""
+    identity = pytest.importorskip("flwr.supercore.task_identity").TaskIdentity
+    for field, value in (("run_id", 1), ("node_id", 0), ("task_id", 1)):
+        monkeypatch.setattr(identity, f"_{field}", value)
+
+
+def strategy_of(rate, rounds, population, **arguments):
+    from flwr.serverapp.strategy import FedAvg
+
+    from smm_dp import calibrate
+    from smm_dp.flower import SkellamMixtureStrategy
+    from smm_dp.ledger import PrivacyLedger
+
+    found = calibrate(
+        50.0, 1e-5, 256.0, 16.0, rate, rounds, "numeric", dim=7, participants=max(1, int(rate * population)),
+        observer=arguments.pop("observer", "model-release"),
+    )  # fmt: skip
+    ledger = PrivacyLedger(None, 50.0, 1e-5, found.round_privacy)
+    return SkellamMixtureStrategy(
+        FedAvg(), found, ledger, population=population, sampling_rate=rate, patience=0, **arguments
+    )
+
+
+def start():
+    from flwr.app import Array, ArrayRecord
+
+    return ArrayRecord({"w": Array(np.zeros((2, 3), np.float32)), "b": Array(np.zeros(1, np.float32))})
+
+
+def one_round(strategy, grid, number=1):
+    from flwr.app import ConfigRecord
+
+    messages = list(strategy.configure_train(number, start(), ConfigRecord(), grid))
+    arrays, _ = strategy.aggregate_train(number, grid.send_and_receive(messages))
+    return arrays
+
+
+def test_every_round_is_charged_and_samples_at_the_accounted_rate(task):
+    """Rounds that few are drawn for must not be left out: those made would sample at more than q."""
+    strategy, grid = strategy_of(0.25, 60, 4), FakeGrid(4)
+    for number in range(60):
+        assert one_round(strategy, grid, number) is not None
+    assert strategy.ledger.rounds == 60
+    assert all(len(names) >= 3 for names in strategy.finished)
+    assert 32 <= len(grid.trained) <= 90  # 240 coins of chance 1/4: 60 ± 4 standard deviations of 6.7
+
+
+def test_training_without_the_record_is_refused_and_evaluation_passes(task):
+    from flwr.app import ConfigRecord, Message, RecordDict
+
+    from shared_core import InputError
+    from smm_dp.flower import smm_mod
+
+    def reply_in_the_clear(message, context):
+        return message
+
+    def message_of(kind):
+        content = RecordDict({"arrays": start(), "config": ConfigRecord()})
+        return Message(content=content, dst_node_id=1, message_type=kind)
+
+    with pytest.raises(InputError, match="model in the clear"):
+        smm_mod(message_of("train"), None, reply_in_the_clear)
+    evaluation = message_of("evaluate")
+    assert smm_mod(evaluation, None, reply_in_the_clear) is evaluation
+
+
+@pytest.mark.parametrize("change", [float("nan"), 3.14159e17])
+def test_errors_that_reach_the_server_quote_no_value(task, change, caplog):
+    strategy = strategy_of(1.0, 2, 5, dropouts=0.3, observer="server")
+    grid = FakeGrid(5, change=lambda node: change if node == 2 else 0.1)
+    assert one_round(strategy, grid) is not None
+    assert grid.errors == [(2, "this client takes no part in the round: its own log says why")]
+    assert "client 2" in caplog.text  # in the client's log
+    assert strategy.finished == [("1", "3", "4", "5")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [
+        ("keys", lambda data: data | {"masking": "00" * 31}),
+        ("keys", lambda data: []),
+        ("shares", lambda data: data | {"999": "00"}),
+        ("shares", lambda data: dict(list(data.items())[:2])),
+        ("masked", lambda data: {"packed": data["packed"][:-2]}),
+        ("masked", lambda data: {"packed": "zz"}),
+        ("unmasking", lambda data: {"self_masks": {"3": [1, "00"]}, "mask_keys": {}}),
+        ("unmasking", lambda data: {}),
+    ],
+)
+def test_a_client_that_answers_nonsense_counts_as_dropped_out(task, stage, fault):
+    strategy = strategy_of(1.0, 2, 6, dropouts=0.34, observer="server")
+    grid = FakeGrid(6, spoil=lambda at, data: fault(data) if at == stage else data)
+    with pytest.warns(UserWarning, match=f"client 2 counts as dropped out, its answer to '{stage}'"):
+        arrays = one_round(strategy, grid)
+    number = 6 if stage == "unmasking" else 5  # after masking, its vector is in the sum
+    assert len(strategy.finished[0]) == number
+    change = np.concatenate([array.numpy().ravel() for array in arrays.values()])
+    noise = 6 * strategy.parameters.noise_sd * 2 / 6
+    np.testing.assert_allclose(change, 0.1 * number / 6, atol=noise)
+
+
+def test_a_round_without_enough_survivors_changes_nothing_and_stays_charged(task):
+    strategy = strategy_of(0.9, 2, 6)  # amplified: nobody may drop out
+    grid = FakeGrid(6, change=lambda node: float("nan"))
+    with pytest.warns(UserWarning, match="given up, its budget stays spent"):
+        assert one_round(strategy, grid) is None
+    assert strategy.ledger.rounds == 1
+    assert strategy.finished == []
+
+
+def test_a_client_refuses_an_encoding_without_noise(task):
+    from dataclasses import replace
+
+    strategy = strategy_of(1.0, 2, 3)
+    strategy.parameters = replace(strategy.parameters, mu_total=0.0)
+    with pytest.warns(UserWarning, match="given up"):
+        assert one_round(strategy, FakeGrid(3)) is None

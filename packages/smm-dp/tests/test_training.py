@@ -210,7 +210,7 @@ def test_a_file_of_vectors_is_released_once_per_budget(tmp_path, rng):
 def test_secure_round_wants_the_noise_that_the_ledger_states():
     from smm_dp import SkellamMixture
 
-    m = SkellamMixture(4, 100.0, 10.0, 12, 20.0, 5, 10)
+    m = SkellamMixture(4, 100.0, 10.0, 12, 20.0, 5, 1)
     vectors = {f"p{i}": np.zeros(4) for i in range(5)}
     ledger = PrivacyLedger(None, 1000.0, 1e-5, RoundPrivacy(100.0, 20.0, 1))
     with pytest.raises(InputError, match="add noise of mu 16"):
