@@ -94,7 +94,7 @@ def test_alpha_is_decayed_and_an_lsq_step_is_not() -> None:
     for method, decay in (("pact", 5e-4), ("lsq", 0.0)):
         model = quantize_activations(resnet8(10, 1), 4, torch.rand(4, 1, 8, 8), method)  # type: ignore[arg-type]
         quantizer = model.fc.input_quantizer
-        parameter = quantizer.alpha if isinstance(quantizer, PactQuantizer) else quantizer.step
+        parameter = quantizer.alpha if isinstance(quantizer, PactQuantizer) else quantizer.log_step
         (group,) = [g for g in parameter_groups(model, 5e-4) if any(p is parameter for p in g["params"])]
         assert group["weight_decay"] == decay
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -16,10 +18,10 @@ def test_k_bits_are_really_2_to_the_k_plus_1_less_1_values_for_every_rival(bits:
     weight = torch.linspace(-1, 1, 4001)
     ste = SteWeight(bits)
     lsq = LsqWeight(weight, bits)
-    nn.init.constant_(lsq.step, 1 / levels(bits))  # as wide as the weights
+    lsq.set_step(1 / levels(bits))  # as wide as the weights
     bsq = BsqWeight(weight)
     with torch.no_grad():
-        bsq.scale.fill_(1.0)
+        bsq.log_scale.fill_(0.0)
         bsq.n_planes.fill_(bits)
         values = torch.arange(2**bits)
         bsq.planes.zero_()
@@ -87,14 +89,29 @@ def test_lsq_starts_at_the_papers_step_and_scales_its_gradient_by_size() -> None
     assert rival.gradient_scale == pytest.approx((400 * 3) ** -0.5)
 
 
-def test_an_lsq_step_below_zero_turns_no_signs_and_can_come_back() -> None:
-    weight = torch.randn(10)
+def test_an_lsq_step_moves_as_in_the_paper_to_first_order() -> None:
+    weight, lr = torch.randn(300), 1e-3
     rival = LsqWeight(weight, 2)
-    nn.init.constant_(rival.step, -0.3)
-    out = rival(weight)
-    assert (out * weight >= 0).all()
-    out.sum().backward()
-    assert rival.step.grad is not None
+    before = rival.step.item()
+    s = torch.tensor(before, requires_grad=True)
+    target = torch.randn(300)
+    (lsq_quantize(weight, s, -3, 3, rival.gradient_scale) * target).sum().backward()
+    (rival(weight) * target).sum().backward()
+    with torch.no_grad():
+        rival.log_step -= lr * rival.log_step.grad
+    assert rival.step.item() == pytest.approx(before - lr * s.grad.item(), rel=1e-5)
+
+
+def test_an_lsq_step_never_reaches_zero_or_turns_signs_around() -> None:
+    weight = torch.randn(50)
+    rival = LsqWeight(weight, 2)
+    optimizer = torch.optim.SGD(rival.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(20):  # a pull towards zero that carries the paper's update far beyond it
+        optimizer.zero_grad()
+        (rival(weight).abs().sum() * 100).backward()
+        optimizer.step()
+    assert 0 < rival.step.item() < 1e-2
+    assert (rival(weight) * weight >= 0).all()
 
 
 @pytest.mark.parametrize("bits", [0, 9])
@@ -113,7 +130,7 @@ def _bsq(integers: list[int], n: int = PLANES, scale: float = 1.0) -> BsqWeight:
     with torch.no_grad():
         layer.planes = nn.Parameter(layer.planes[..., :-1].clone())
         layer.n_planes.fill_(n)
-        layer.scale.fill_(scale)
+        layer.log_scale.fill_(math.log(scale))
     return layer
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from csq.rivals.lsq import at_least, initial_step, lsq_quantize
+from csq.rivals.lsq import initial_step, lsq_quantize, positive_step
 from shared_core import InputError
 
 _SHARES = torch.linspace(0.2, 1.0, 33)
@@ -73,6 +73,22 @@ def pact(x: Float[Tensor, "*shape"], alpha: Float[Tensor, ""], bits: int, signed
     return _Pact.apply(x, alpha, *integer_range(bits, signed))  # type: ignore[return-value]
 
 
+class _AtLeast(torch.autograd.Function):
+    """A bound from below that lets the gradient through, so that what reached it can leave it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        return x.clamp_min(bound)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _at_least(x: Float[Tensor, ""], bound: float) -> Float[Tensor, ""]:
+    return _AtLeast.apply(x, bound)  # type: ignore[return-value]
+
+
 class ActivationQuantizer(nn.Module):
     """What PACT and LSQ have in common: integers from `low` to `high` times `scale`.
 
@@ -115,15 +131,15 @@ class PactQuantizer(ActivationQuantizer):
     @property
     def scale(self) -> Float[Tensor, ""]:
         """Alpha / high."""
-        return at_least(self.alpha, 1e-6) / self.high
+        return _at_least(self.alpha, 1e-6) / self.high
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return quantized activations."""
-        return pact(x, at_least(self.alpha, 1e-6), self.bits, self.signed)
+        return pact(x, _at_least(self.alpha, 1e-6), self.bits, self.signed)
 
 
 class LsqQuantizer(ActivationQuantizer):
-    """LSQ: the step is learned.
+    """LSQ: the step is learned, updated as `csq.rivals.lsq.positive_step` has it.
 
     Args:
         bits, signed: As for `ActivationQuantizer`.
@@ -133,13 +149,13 @@ class LsqQuantizer(ActivationQuantizer):
 
     def __init__(self, bits: int, signed: bool = False, step: float = 1.0, features: int = 1) -> None:
         super().__init__(bits, signed)
-        self.step = nn.Parameter(torch.tensor(float(step)))
+        self.log_step = nn.Parameter(torch.tensor(float(step)).log())
         self.gradient_scale = 1 / math.sqrt(features * self.high)
 
     @property
     def scale(self) -> Float[Tensor, ""]:
         """The learned step."""
-        return at_least(self.step, 1e-8)
+        return positive_step(self.log_step)
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return quantized activations."""

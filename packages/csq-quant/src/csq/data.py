@@ -137,7 +137,7 @@ def _parts(source: str, size: int | None) -> tuple[Split, Split | None, Split, t
 
     if source in EMBEDDED:
         rows: Any = getattr(datasets, source)()
-        whole, names = _pixels(rows, size), tuple(rows.features["label"].names)
+        whole, names = pixel_split(rows, size), tuple(rows.features["label"].names)
         order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(0))
         test = len(order) // 3
         return whole.subset(order[test:]), None, whole.subset(order[:test]), names
@@ -149,7 +149,7 @@ def _parts(source: str, size: int | None) -> tuple[Split, Split | None, Split, t
     if any(folder.glob("**/data_batch_1.bin")):
         splits: Any = datasets.cifar10(folder)
         names = tuple(splits["train"].features["label"].names)
-        return _pixels(splits["train"], size), None, _pixels(splits["test"], size), names
+        return pixel_split(splits["train"], size), None, pixel_split(splits["test"], size), names
     if any(folder.glob("*-ubyte*")):
         arrays = datasets.idx_arrays(folder)
         train, test = (
@@ -181,7 +181,13 @@ def _folders(folder: Path, size: int | None) -> tuple[Split, Split | None, Split
     return parts["train"], None, parts["val"], names
 
 
-def _pixels(rows: Any, size: int | None) -> PixelSplit:
+def pixel_split(rows: Any, size: int | None = None) -> PixelSplit:
+    """Return the images of a Hugging Face data set with columns image and label, all of one size.
+
+    Args:
+        rows: The data set.
+        size: Side of the square that images are resized to; None leaves them.
+    """
     arrays = [np.asarray(image) for image in rows["image"]]
     pixels = torch.from_numpy(np.stack(arrays))
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)

@@ -90,7 +90,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, gate_lr: float = 1.0
             gates |= {id(p): p for p in (module.positive, module.negative, module.mask)}
             free |= {id(p): p for p in module.parameters(recurse=False) if id(p) not in gates}
         elif isinstance(module, LsqWeight | LsqQuantizer):
-            free[id(module.step)] = module.step
+            free[id(module.log_step)] = module.log_step
         elif isinstance(module, BsqWeight):
             free |= {id(p): p for p in module.parameters()}
     rest = [p for p in model.parameters() if id(p) not in gates and id(p) not in free]
@@ -311,10 +311,9 @@ class BsqFinetuneStage(UniformStage):
         """Replace planes by LSQ's or STE's quantizers; activations are quantized already."""
         rivals.detach(model)
         hooks = self.quantize(model, plan, steps)
-        with torch.no_grad():
-            for name, layer in rivals.rival_layers(model).items():
-                if isinstance(layer, LsqWeight):  # go on from the same values
-                    layer.step.fill_(plan["steps"][name])
+        for name, layer in rivals.rival_layers(model).items():
+            if isinstance(layer, LsqWeight):
+                layer.set_step(plan["steps"][name])  # goes on from the same values
         return hooks
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from csq.rivals.lsq import positive_step
 from csq.rivals.ste import round_straight_through
 
 PLANES = 8
@@ -34,11 +35,16 @@ class BsqWeight(nn.Module):
         weight = weight.detach()
         largest = weight.abs().max()
         scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-        self.scale = nn.Parameter(scale)
+        self.log_scale = nn.Parameter(scale.log())
         integers = (weight / scale * (2**PLANES - 1)).round().to(torch.int64)
         self.planes = nn.Parameter(_bits(integers).to(weight.dtype))
         self.register_buffer("n_planes", torch.tensor(PLANES))
         self.register_buffer("steps_done", torch.tensor(0))
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """s, learned in the form that never crosses zero (`csq.rivals.lsq.positive_step`)."""
+        return positive_step(self.log_scale)
 
     @property
     def bits(self) -> int:
@@ -95,7 +101,7 @@ class BsqWeight(nn.Module):
         bits = max(used[-1] - low + 1 if used else 0, min_bits)
         integers = integers.sign() * (magnitude >> low)
         self.planes.copy_(_bits(integers))
-        self.scale.copy_(step * (1 << low) * ((1 << bits) - 1))
+        self.log_scale.copy_((step * (1 << low) * ((1 << bits) - 1)).log())
         self.n_planes.fill_(bits)
         return bits
 

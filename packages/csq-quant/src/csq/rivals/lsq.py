@@ -54,11 +54,34 @@ def initial_step(x: Float[Tensor, "..."], high: int) -> Float[Tensor, ""]:
     return torch.where(step > 0, step, torch.ones_like(step))
 
 
+class _PositiveStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_step: Tensor) -> Tensor:
+        step = log_step.exp()
+        ctx.save_for_backward(step)
+        return step
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (step,) = ctx.saved_tensors
+        return (gradients[0] / step).clamp(-1, 1)
+
+
+def positive_step(log_step: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return s = exp(log_step), with the gradient g/s for g = dL/ds, not g s, and at most 1.
+
+    Gradient descent then multiplies s by exp(-lr g/s): to first order the paper's s - lr g, and never below
+    zero. The paper's own update crosses zero where learning rates are high, the layer's weights vanish, and
+    BatchNorm behind it makes all gradients explode: seen with 5-bit stems at lr 0.1.
+    """
+    return _PositiveStep.apply(log_step)  # type: ignore[return-value]
+
+
 class LsqWeight(nn.Module):
     """A weight at k paper bits whose step is learned: integers -(2^k - 1) to 2^k - 1.
 
     The paper's range is -2^(b-1) to 2^(b-1) - 1; this one is symmetric, so that k bits mean the same
-    2^(k+1) - 1 values as for CSQ, BSQ and `SteWeight`.
+    2^(k+1) - 1 values as for CSQ, BSQ and `SteWeight`. The step is updated as `positive_step` has it.
 
     Args:
         weight: The weight as it is now; sets the first step.
@@ -69,36 +92,25 @@ class LsqWeight(nn.Module):
         super().__init__()
         self.bits = bits
         self.limit = levels(bits)
-        self.step = nn.Parameter(initial_step(weight, self.limit))
+        self.log_step = nn.Parameter(initial_step(weight, self.limit).log())
         self.gradient_scale = 1 / math.sqrt(weight.numel() * self.limit)
+
+    @property
+    def step(self) -> Float[Tensor, ""]:
+        """The distance of neighbouring values."""
+        return positive_step(self.log_step)
+
+    @torch.no_grad()
+    def set_step(self, step: float) -> None:
+        """Set the distance of neighbouring values, above 0."""
+        self.log_step.fill_(math.log(step))
 
     def forward(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return the quantized weight."""
-        return lsq_quantize(weight, self._positive(), -self.limit, self.limit, self.gradient_scale)
+        return lsq_quantize(weight, self.step, -self.limit, self.limit, self.gradient_scale)
 
     @torch.no_grad()
     def integers(self, weight: Float[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"], Shaped[Tensor, ""]]:
         """Return integers from -Q to Q and their scale; the product is what `forward` returns."""
-        step = self._positive()
-        return (weight / step).round().clamp(-self.limit, self.limit).to(torch.int32), step.clone()
-
-    def _positive(self) -> Tensor:
-        # A step that crosses zero would turn all signs around; it stays at a tiny value and can grow again.
-        return at_least(self.step, 1e-8)
-
-
-class _AtLeast(torch.autograd.Function):
-    """A bound from below that lets the gradient through, so that what reached it can leave it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
-        return x.clamp_min(bound)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def at_least(x: Float[Tensor, "*shape"], bound: float) -> Float[Tensor, "*shape"]:
-    """Return max(x, bound); the gradient passes unchanged."""
-    return _AtLeast.apply(x, bound)  # type: ignore[return-value]
+        step = self.step
+        return (weight / step).round().clamp(-self.limit, self.limit).to(torch.int32), step
