@@ -209,7 +209,7 @@ class UniformStage(QuantizedStage):
         def make(name: str, weight: Tensor) -> rivals.Rival:
             return LsqWeight(weight, bits[name]) if self.quantizer == "lsq" else SteWeight(bits[name])
 
-        rivals.attach(model, make, self.skip)
+        rivals.attach(model, make, self.skip, check=not plan.get("emptied"))
         return Hooks()
 
 
@@ -305,7 +305,11 @@ class BsqFinetuneStage(UniformStage):
     def decide(self, model: nn.Module, batches: Batches, seed: int) -> Plan:
         """Read bits and steps off the planes."""
         layers = list(rivals.hard_layers(model))
-        return {"bits": {each.name: each.bits for each in layers}, "steps": {e.name: e.step for e in layers}}
+        return {
+            "bits": {each.name: each.bits for each in layers},
+            "steps": {each.name: each.step for each in layers},
+            "emptied": [each.name for each in layers if not bool(each.codes.any())],
+        }
 
     def install(self, model: nn.Module, plan: Plan, steps: int) -> Hooks:
         """Replace planes by LSQ's or STE's quantizers; activations are quantized already."""

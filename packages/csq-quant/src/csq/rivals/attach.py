@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize as torch_parametrize
 from csq.hardened import attach as attach_report
 from csq.hardened import reestimate_batchnorm
 from csq.parametrization import _check_weights, _layer_name, _weights, unwrap
-from csq.rivals.bsq import BsqWeight
+from csq.rivals.bsq import PLANES, BsqWeight
 from csq.rivals.lsq import LsqWeight
 from csq.rivals.ste import SteWeight
 from csq.size_report import LayerReport, Report
@@ -34,7 +34,13 @@ def weights(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Tensor]:
     return found
 
 
-def attach(model: nn.Module, make: Callable[[str, Tensor], Rival], skip: Iterable[str] = ()) -> nn.Module:
+def attach(
+    model: nn.Module,
+    make: Callable[[str, Tensor], Rival],
+    skip: Iterable[str] = (),
+    *,
+    check: bool = True,
+) -> nn.Module:
     """Put a quantizer on every weight that `csq.parametrize` would take, in place.
 
     Args:
@@ -42,6 +48,7 @@ def attach(model: nn.Module, make: Callable[[str, Tensor], Rival], skip: Iterabl
         make: Called with the layer's name and its weight; gives the quantizer. Layers that share a weight
             share its quantizer.
         skip: Layers to leave, as for `csq.parametrize`.
+        check: Whether weights must have a scale; False takes layers that a search has emptied.
 
     Returns:
         The same model.
@@ -50,7 +57,8 @@ def attach(model: nn.Module, make: Callable[[str, Tensor], Rival], skip: Iterabl
         InputError: As `csq.parametrize` does.
     """
     found = list(_weights(unwrap(model), tuple(skip), None))
-    _check_weights(found)
+    if check:
+        _check_weights(found)
     made: dict[int, Rival] = {}
     for name, module, tensor_name, weight in found:
         rival = made.get(id(weight))
@@ -84,7 +92,7 @@ def rival_layers(model: nn.Module) -> dict[str, Rival]:
 
 @torch.no_grad()
 def hard_layers(model: nn.Module) -> Iterator[LayerReport]:
-    """Each quantized weight as whole numbers and a step; k paper bits are the k lowest planes.
+    """Each quantized weight as whole numbers and a step; k paper bits are the k lowest of 8 planes.
 
     Raises:
         InputError: The model has no rival's quantizer.
@@ -102,7 +110,7 @@ def hard_layers(model: nn.Module) -> Iterator[LayerReport]:
         if name in layers:
             chain: Any = getattr(module.parametrizations, tensor_name)
             codes, step = rival.integers(*() if isinstance(rival, BsqWeight) else (chain.original,))
-            mask = (True,) * rival.bits
+            mask = tuple(plane < rival.bits for plane in range(PLANES))
             yield LayerReport(name, tuple(keys[id(rival)]), mask, float(step), codes.to(torch.int16).cpu())
 
 

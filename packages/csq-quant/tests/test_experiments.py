@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from csq import experiments
+from csq.experiments import Outcome, Run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*the search (kept fewer|ended at)")
+
+
+def _rows(half: str, seed: int) -> set[bytes]:
+    data = experiments.digits(seed, half)  # type: ignore[arg-type]
+    parts = (data.train, data.validation, data.test)
+    assert [len(part.labels) for part in parts] == [1000, 100, 1400]
+    return {row.numpy().tobytes() for part in parts for row in part.read(torch.arange(len(part.labels)))}
+
+
+def test_what_was_tuned_on_is_not_in_the_final_half_and_seeds_only_reorder_a_half() -> None:
+    development, final = _rows("development", 1000), _rows("final", 0)
+    assert not development & final
+    assert _rows("final", 1) == final
+
+
+def test_all_methods_have_two_sizes_on_both_models_and_the_same_steps() -> None:
+    for architecture in ("resnet8", "mixer"):
+        table = experiments.methods(architecture)
+        names = [name for name, _ in table]
+        rivals = ("csq", "csq-uniform", "ste", "lsq", "bsq", "hawq", "random")
+        assert [names.count(name) for name in rivals] == [2] * 7
+    runs = experiments.plan([0, 1, 2])
+    assert len(runs) == 2 * 3 * 15
+    assert {run.steps for run in runs} == {experiments.STEPS}
+    assert {experiments.recipe(run).batch_size for run in runs} == {64}
+
+
+@pytest.mark.parametrize(("architecture", "method"), [("resnet8", "csq"), ("mixer", "hawq")])
+def test_a_short_run_measures_accuracy_and_three_sizes_at_its_target(architecture: str, method: str) -> None:
+    run = Run(architecture, method, "2 bits", 0, steps=16)  # type: ignore[arg-type]
+    outcome = experiments.execute(run)
+    assert 0 <= outcome.accuracy <= 1
+    if method == "hawq":  # 16 steps are none for CSQ's search
+        assert outcome.paper_bits == pytest.approx(2.0, rel=0.02)
+    assert outcome.stored_bits < outcome.paper_bits + 2
+    weights = 19_000 if architecture == "resnet8" else 15_000
+    assert outcome.file_bytes > outcome.stored_bits * weights / 8
+    assert outcome.run == run
+
+
+def test_the_same_run_gives_the_same_outcome_in_another_process() -> None:
+    runs = [Run("resnet8", "lsq", "1 bit", 0, steps=6)]
+    here = experiments.execute_all(runs, workers=0)
+    there = experiments.execute_all(runs, workers=1)
+    assert [replace(o, seconds=0.0) for o in here] == [replace(o, seconds=0.0) for o in there]
+
+
+def _outcome(method: str, bits: float, accuracy: float, seed: int = 0, point: str = "") -> Outcome:
+    run = Run("resnet8", method, point or f"{bits:g} bits", seed)
+    return Outcome(run, accuracy, accuracy, bits, bits + 1, int(1000 * bits), {}, [], 0.0)
+
+
+def test_a_difference_is_to_the_straight_line_at_the_same_size_seed_by_seed() -> None:
+    outcomes = [
+        _outcome("csq", 1.51, 0.90, point="1.5 bits"),
+        _outcome("csq", 2.1, 0.95, point="2 bits"),
+        _outcome("csq", 1.5, 0.80, 1, "1.5 bits"),
+        _outcome("csq", 2.0, 0.80, 1, "2 bits"),
+        *(_outcome("lsq", bits, 0.7 + 0.1 * bits) for bits in (1.0, 2.0)),
+        *(_outcome("lsq", bits, 0.5, 1) for bits in (1.0, 2.0)),
+    ]
+    gaps = experiments.differences(outcomes, "resnet8", "lsq", "paper_bits")
+    assert gaps["1.5 bits"] == pytest.approx([0.90 - 0.851, 0.3])
+    assert gaps["2 bits"] == pytest.approx([0.95 - 0.9, 0.3])  # beyond the end: that of the end
+    assert experiments.differences(outcomes, "resnet8", "lsq", "stored_bits") == {
+        point: pytest.approx(values) for point, values in gaps.items()
+    }
+
+
+def test_misses_of_the_target_are_shares_of_it() -> None:
+    outcomes = [_outcome("csq", 1.53, 0.9, point="1.5 bits"), _outcome("csq", 1.9, 0.9, point="2 bits")]
+    assert experiments.target_misses(outcomes, "resnet8") == pytest.approx([0.02, 0.05])
