@@ -1,0 +1,461 @@
+"""`RLogist`: everything together, from training features to reading a slide and saying what was read."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlogist.baselines import STRATEGIES, chooser_of
+from rlogist.batched import BatchedFeatureVecEnv, make_store
+from rlogist.environment import Episode, Look
+from rlogist.extractors import Extractor, load_extractor
+from rlogist.features import SlideFeatures
+from rlogist.ledger import ReadLedger
+from rlogist.modules import Architecture, Critic, Modules, Policy, Update, masked, seeded
+from rlogist.ppo import PPO, PPOSettings
+from rlogist.rewards import Reward, check_reward, default_discount
+from rlogist.slides import Slide, UnreadableRegion
+from rlogist.sources import Bag, CachedSource, FeatureSource, SlideSource, check_bags
+from rlogist.staged import (
+    ForeseeRegions,
+    FullObservation,
+    MixedStates,
+    Stage,
+    StagedSettings,
+    derived_generator,
+    fit_scale,
+)
+from rlogist.training_run import Epoch, run_stages
+from rlogist.transition import check_rho, check_update, episode_length
+from shared_core import InputError, files
+
+Reading = Literal["policy", "random", "greedy-static", "greedy-adaptive", "exhaustive"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a reading found, and what it cost.
+
+    Attributes:
+        slide: The slide's name.
+        status: `read`, or `no tissue`: there is no class then.
+        classes: Names of the classes.
+        probability: Of each class; empty without tissue.
+        path: The looks in order.
+        regions: N, with damaged ones.
+        region_index: Which of the grid the rows of the state are.
+        attention: Of the classifier at the end, one number a row.
+        seconds: Wall time with opening's segmentation, scan, networks.
+        ledger: What was read for this answer.
+        rho: Share of regions that was asked for.
+    """
+
+    slide: str
+    status: Literal["read", "no tissue"]
+    classes: list[str]
+    probability: list[float]
+    path: list[Look]
+    regions: int
+    region_index: list[int]
+    attention: list[float]
+    seconds: float
+    ledger: ReadLedger
+    rho: float
+
+    @property
+    def prob(self) -> float:
+        """Probability of the last class, of two the positive one; NaN without tissue."""
+        return self.probability[-1] if self.probability else float("nan")
+
+    @property
+    def label(self) -> str | None:
+        """Name of the most likely class; None without tissue."""
+        if not self.probability:
+            return None
+        return self.classes[max(range(len(self.classes)), key=self.probability.__getitem__)]
+
+    @property
+    def reads(self) -> int:
+        """Number of reads of any kind."""
+        return self.ledger.total().reads
+
+    @property
+    def looks(self) -> int:
+        """Number of regions that were looked at in depth."""
+        return sum(look.damaged is None for look in self.path)
+
+    @property
+    def observation_ratio(self) -> float:
+        """Looked-at regions / N; 0 without regions."""
+        return self.looks / self.regions if self.regions else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "slide": self.slide,
+            "status": self.status,
+            "label": self.label,
+            "classes": self.classes,
+            "probability": self.probability,
+            "path": [asdict(look) for look in self.path],
+            "regions": self.regions,
+            "looks": self.looks,
+            "observation_ratio": self.observation_ratio,
+            "region_index": self.region_index,
+            "attention": self.attention,
+            "seconds": self.seconds,
+            "reads": self.reads,
+            "rho": self.rho,
+            "ledger": self.ledger.to_dict(),
+        }
+
+
+class RLogist:
+    """A classifier of slides that looks at few of their regions in depth.
+
+    ```python
+    model = rlogist.RLogist(extractor="stain", update="global").fit(bags, validation)
+    found = model.predict(slide)  # found.prob, found.path, found.reads, found.seconds, found.ledger
+    ```
+
+    Args:
+        extractor: Name for `load_extractor`, or an extractor.
+        update: What a look does to other regions; `targeted` is SASHA's and `none` the ablation.
+        rho: Share of regions to look at.
+        reward: Of reinforcement learning; `terminal` is the paper's.
+        classes: Names of the classes, in the order of labels.
+        architecture: Sizes of the networks; its `dim` and `classes` follow extractor and data.
+        seed: Of all randomness in training.
+
+    Raises:
+        InputError: An argument is none of the possible ones.
+    """
+
+    def __init__(
+        self,
+        extractor: str | Extractor = "resnet50",
+        *,
+        update: Update = "global",
+        rho: float = 0.1,
+        reward: Reward = "delta_ce",
+        classes: Sequence[str] | None = None,
+        architecture: Architecture | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_update(update)
+        check_rho(rho)
+        check_reward(reward)
+        self._extractor = extractor
+        self.update: Update = update
+        self.reward: Reward = reward
+        self.rho, self.seed = rho, seed
+        self.classes = list(classes) if classes is not None else []
+        self.architecture = architecture
+        self.networks: nn.ModuleDict | None = None
+
+    @property
+    def extractor(self) -> Extractor:
+        """The encoder, loaded at first use."""
+        if isinstance(self._extractor, str):
+            self._extractor = load_extractor(self._extractor)
+        return self._extractor
+
+    @property
+    def modules(self) -> Modules:
+        """f_local, f_global and classifier."""
+        return self._trained("modules")
+
+    @property
+    def policy(self) -> Policy:
+        """The scorer of regions."""
+        return self._trained("policy")
+
+    def fit(
+        self,
+        bags: Sequence[Bag],
+        validation: Sequence[Bag] = (),
+        *,
+        staged: StagedSettings | None = None,
+        ppo: PPOSettings | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        on_epoch: Epoch | None = None,
+    ) -> "RLogist":
+        """Train all stages on cached features.
+
+        Args:
+            bags: Training slides (`bag_of`).
+            validation: Slides of other patients that choose stage A's epoch.
+            staged: Hyperparameters of stages A, B, B2.
+            ppo: Of stage C; where None, the released code's with the reward's discount.
+            folder: For checkpoints; none where None.
+            resume: Go on from the folder's checkpoint, to the same bits as without interruption.
+            on_epoch: Called after each epoch with (stage, done, total, scalars).
+
+        Raises:
+            InputError: Bags do not fit together, patients on both sides, or a checkpoint that does not fit.
+        """
+        dim, count = check_bags(bags)
+        if validation:
+            check_bags(validation, count)
+        _check_patients(bags, validation)
+        if self.classes and len(self.classes) != count:
+            raise InputError(f"expected {count} names", field="classes", value=self.classes)
+        self.classes = self.classes or [str(index) for index in range(count)]
+        self.architecture = replace(self.architecture or Architecture(dim), dim=dim, classes=count)
+        self.networks = _networks(self.architecture, self.seed)
+        staged = staged or StagedSettings()
+        ppo = ppo or PPOSettings(discount=default_discount(self.reward))
+        fit_scale(self.modules, bags)
+        run_stages(
+            self.networks,
+            self._stages(bags, validation, staged, ppo),
+            settings={
+                **self._config(),
+                "staged": asdict(staged),
+                "ppo": asdict(ppo),
+                "bags": _digest([*bags, *validation]),
+            },
+            folder=folder,
+            resume=resume,
+            on_epoch=on_epoch,
+        )
+        self.networks.eval()
+        return self
+
+    def predict(
+        self,
+        slide: Slide | SlideFeatures | FeatureSource,
+        *,
+        rho: float | None = None,
+        strategy: Reading = "policy",
+        confidence: float | None = None,
+        seed: int = 0,
+    ) -> Prediction:
+        """Read a slide. The same slide gives the same bits each time.
+
+        Args:
+            slide: A slide file, which is read only where the agent looks; or cached features.
+            rho: Share of regions to look at; the trained one where None.
+            strategy: How regions are chosen; `exhaustive` looks at all of them, as other methods do.
+            confidence: Stop when the most likely class has this probability; not in the paper.
+            seed: Of the strategy `random`.
+
+        Raises:
+            InputError: Not trained, rho out of range, or features of another extractor.
+        """
+        started = perf_counter()
+        rho = 1.0 if strategy == "exhaustive" else self.rho if rho is None else rho
+        check_rho(rho)
+        if strategy not in (*STRATEGIES, "exhaustive"):
+            raise InputError("no such strategy", field="strategy", value=strategy)
+        source = self._source(slide)
+        before = source.ledger.copy()
+        count = len(source.region_index)
+        total = len(slide.regions) if isinstance(slide, Slide) else count
+        if not count:
+            return self._answer(source, None, total, rho, started, before)
+        episode = Episode(source, self.modules, episode_length(count, rho), self.update)
+        if strategy == "exhaustive":
+            _look_everywhere(episode)
+        else:
+            _read(episode, chooser_of(strategy, self.modules, self.policy, seed), confidence)
+        return self._answer(source, episode, total, rho, started, before)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors` to a folder, which is made."""
+        networks = self._trained_networks()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with files.atomic_path(Path(folder) / "model.safetensors") as temporary:
+            save_file({key: value.contiguous() for key, value in networks.state_dict().items()}, temporary)
+        files.write_json(Path(folder) / "config.json", self._config())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], extractor: Extractor | None = None) -> "RLogist":
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            folder: The folder.
+            extractor: The encoder, where it is not one that `load_extractor` can make from its name.
+
+        Raises:
+            InputError: A file is missing or damaged, or the extractor is another one.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            architecture = Architecture(**config["architecture"])
+            own = {key: config[key] for key in ("update", "rho", "reward", "classes", "seed")}
+            name, fingerprint = config["extractor"], config["fingerprint"]
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", file=path) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"not a configuration of RLogist: {error}", file=path) from error
+        model = cls(extractor or name, architecture=architecture, **own)
+        if fingerprint is not None and (extractor is not None or name == "stain"):
+            _check_fingerprint(model.extractor, name, fingerprint, path)
+        model._fingerprint = fingerprint
+        model.networks = _networks(architecture, model.seed)
+        weights = Path(folder) / "model.safetensors"
+        try:
+            model.networks.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(f"weights that do not fit or are damaged: {error}", file=weights) from error
+        model.networks.eval()
+        return model
+
+    _fingerprint: str | None = None
+
+    def _config(self) -> dict[str, Any]:
+        name = self._extractor if isinstance(self._extractor, str) else self._extractor.name
+        known = self._fingerprint
+        if known is None and not isinstance(self._extractor, str):
+            known = self._extractor.fingerprint
+        return {
+            "extractor": name,
+            "fingerprint": known,
+            "architecture": (self.architecture or Architecture(1)).to_dict(),
+            "update": self.update,
+            "rho": self.rho,
+            "reward": self.reward,
+            "classes": self.classes,
+            "seed": self.seed,
+        }
+
+    def _stages(
+        self, bags: Sequence[Bag], validation: Sequence[Bag], staged: StagedSettings, ppo: PPOSettings
+    ) -> list[Callable[[], Stage]]:
+        modules, seed = self.modules, self.seed
+
+        def reinforcement() -> Stage:
+            env = BatchedFeatureVecEnv(
+                make_store(bags, modules),
+                modules,
+                ppo.n_envs,
+                rho=self.rho,
+                reward=self.reward,
+                update=self.update,
+                seed=seed,
+            )
+            return PPO(env, self.policy, self._trained("critic"), ppo, seed)
+
+        return [
+            lambda: FullObservation(modules, bags, validation, staged, seed),
+            lambda: ForeseeRegions(modules, make_store(bags, modules), staged, seed, self.update),
+            lambda: MixedStates(modules, make_store(bags, modules), staged, seed, self.update),
+            reinforcement,
+        ]
+
+    def _source(self, slide: Slide | SlideFeatures | FeatureSource) -> FeatureSource:
+        self._trained_networks()
+        if isinstance(slide, SlideFeatures):
+            return CachedSource(slide)
+        if not isinstance(slide, Slide):
+            return slide
+        if self._fingerprint is not None:
+            _check_fingerprint(self.extractor, self.extractor.name, self._fingerprint, None)
+        return SlideSource(slide, self.extractor)
+
+    def _answer(
+        self,
+        source: FeatureSource,
+        episode: Episode | None,
+        regions: int,
+        rho: float,
+        started: float,
+        before: ReadLedger,
+    ) -> Prediction:
+        return Prediction(
+            slide=source.name,
+            status="no tissue" if episode is None else "read",
+            classes=self.classes,
+            probability=[] if episode is None else episode.probability,
+            path=[] if episode is None else episode.path,
+            regions=regions,
+            region_index=source.region_index.tolist(),
+            attention=[] if episode is None else episode.attention()[0].tolist(),
+            seconds=perf_counter() - started,
+            ledger=source.ledger.since(before),
+            rho=rho,
+        )
+
+    def _trained_networks(self) -> nn.ModuleDict:
+        if self.networks is None:
+            raise InputError("the model is not trained: fit it, or load one with from_pretrained")
+        return self.networks
+
+    def _trained(self, name: str) -> Any:
+        return self._trained_networks()[name]
+
+
+@torch.inference_mode()
+def _read(episode: Episode, chooser: Callable[..., torch.Tensor], confidence: float | None) -> None:
+    """Look where the score is highest until the reading is done."""
+    while not episode.done:
+        state = episode.state()
+        scores = masked(chooser(state), state.allowed)[0]
+        row = int(scores.argmax())
+        episode.look(row, float(scores[row]))
+        if confidence is not None and max(episode.probability) >= confidence:
+            return
+
+
+def _look_everywhere(episode: Episode) -> None:
+    """V of every region, in the order of the grid; the classifier once at the end."""
+    with torch.inference_mode():
+        states, observed = episode.states.clone(), episode.observed.clone()
+        for row in range(states.shape[1]):
+            try:
+                deep = episode.source.deep(row)
+            except UnreadableRegion:
+                continue
+            modules = episode.modules
+            states[0, row] = modules.f_local(modules.standardize(deep, episode.centre).unsqueeze(0))[0]
+            observed[0, row] = True
+        episode.finish(states, observed)
+
+
+def _networks(architecture: Architecture, seed: int) -> nn.ModuleDict:
+    generator = derived_generator(seed, 0)
+    a = architecture
+    with seeded(generator):
+        return nn.ModuleDict(
+            {
+                "modules": Modules(a),
+                "policy": Policy(a.dim, a.policy_hidden),
+                "critic": Critic(a.dim, a.policy_hidden),
+            }
+        )
+
+
+def _check_fingerprint(extractor: Extractor, name: str, fingerprint: str, path: Path | None) -> None:
+    if extractor.fingerprint != fingerprint:
+        raise InputError(
+            f"was trained on features of {name} ({fingerprint}), not of {extractor.name}",
+            file=path,
+            field="extractor",
+            value=extractor.fingerprint,
+        )
+
+
+def _check_patients(bags: Sequence[Bag], validation: Sequence[Bag]) -> None:
+    both = sorted({bag.patient for bag in bags if bag.patient} & {bag.patient for bag in validation})
+    if both:
+        raise InputError(f"patients in training and validation: {', '.join(both[:10])}", field="validation")
+
+
+def _digest(bags: Sequence[Bag]) -> str:
+    digest = hashlib.sha256()
+    for bag in bags:
+        digest.update(f"{bag.name}|{bag.label}|{bag.patient}|{tuple(bag.deep.shape)}".encode())
+        digest.update(bag.scan.contiguous().numpy().tobytes())
+    return digest.hexdigest()

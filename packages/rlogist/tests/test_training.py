@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from feature_worlds import DIM, architecture, bags, modules
+
+from rlogist.batched import BatchedFeatureVecEnv, make_store
+from rlogist.modules import Critic, Modules, Policy
+from rlogist.ppo import PPO, PPOSettings, advantages
+from rlogist.staged import (
+    FullObservation,
+    StagedSettings,
+    foresight,
+    run_stage,
+    smooth_top1_svm,
+    train_stages,
+)
+
+FAST = StagedSettings(
+    epochs=25, lr=5e-3, batch=4, track_from=2, min_epochs=10, patience=5, global_epochs=8, mixed_epochs=5
+)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Modules:
+    made = Modules(architecture(), torch.Generator().manual_seed(1))
+    for stage in train_stages(made, bags(24, seed=1), bags(8, seed=2), FAST, seed=0):
+        run_stage(stage)
+    return made
+
+
+def ppo(own: Modules, steps: int = 320, seed: int = 0, **settings) -> PPO:
+    torch.manual_seed(0)
+    env = BatchedFeatureVecEnv(make_store(bags(12, seed=1), own), own, 8, rho=0.25, seed=seed)
+    s = PPOSettings(**({"steps": steps, "n_envs": 8, "n_steps": 10, "lr": 2e-3} | settings))
+    return PPO(env, Policy(DIM, 16), Critic(DIM, 16), s, seed)
+
+
+def test_full_observation_learns_to_tell_new_slides_apart(trained):
+    store = make_store(bags(20, seed=3), trained)
+    right = trained.classifier(store.seen, store.valid).argmax(-1) == store.label
+    assert right.float().mean() >= 0.9
+
+
+def test_f_global_comes_nearer_to_unseen_deep_features_on_new_slides(trained):
+    with_update, without = foresight(make_store(bags(20, seed=4), trained), trained, 0.2, seed=0)
+    assert with_update < 0.8 * without
+
+
+def test_the_ratio_is_one_before_the_first_step_and_only_with_masks(trained):
+    run = ppo(trained)
+    rollout = run.collect(torch.Generator().manual_seed(0))
+    flat = rollout.action.flatten(0, 1)
+    logs = torch.cat(
+        [run.log_probability(s, a)[0] for s, a in zip(rollout.states, rollout.action, strict=True)]
+    )
+    assert torch.equal(logs, rollout.log_probability.flatten())  # exactly 1
+    scalars = run.learn(rollout, torch.Generator().manual_seed(0))
+    assert scalars["first_ratio_error"] < 1e-5  # in minibatches, up to the order of float sums
+    unmasked = torch.cat([run.policy(s.states, s.observed).log_softmax(-1) for s in rollout.states])
+    without = unmasked.gather(1, flat.unsqueeze(1)).squeeze(1)
+    assert (without - rollout.log_probability.flatten()).abs().max() > 0.05
+
+
+def test_advantages_are_the_sum_of_discounted_errors():
+    g = torch.Generator().manual_seed(0)
+    reward, value = torch.randn(6, 2, generator=g), torch.randn(6, 2, generator=g)
+    done, last = torch.zeros(6, 2, dtype=torch.bool), torch.randn(2, generator=g)
+    done[2, 0] = True
+    found = advantages(reward, value, done, last, 0.9, 0.8)
+    for env in range(2):
+        for t in range(6):
+            expected, weight = 0.0, 1.0
+            for k in range(t, 6):
+                following = 0.0 if done[k, env] else (value[k + 1, env] if k < 5 else last[env])
+                expected += weight * (reward[k, env] + 0.9 * following - value[k, env])
+                weight *= 0.9 * 0.8
+                if done[k, env]:
+                    break
+            assert found[t, env].item() == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_reinforcement_finds_the_regions_that_tell(trained):
+    run = ppo(trained, steps=3200, lr=1e-2)
+    before = run.collect(torch.Generator().manual_seed(1)).reward.mean()
+    run_stage(run)
+    after = run.collect(torch.Generator().manual_seed(1)).reward.mean()
+    assert after > before + 0.02
+    env = run.env
+    env.reset()
+    with torch.no_grad():
+        action = run.logits(env.state()).argmax(-1)
+    suspicious = env.states[torch.arange(8), action]
+    typical = env.states.mean(dim=1)
+    assert (suspicious[:, 0] > typical[:, 0] + 1).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("joint", [0, 2])
+def test_reinforcement_goes_on_to_the_same_bits(joint):
+    def fresh() -> PPO:
+        return ppo(modules(3), joint_every=joint)
+
+    whole = fresh()
+    run_stage(whole)
+    first = fresh()
+    for _ in range(2):
+        first.epoch()
+    stored = {key: value.clone() for key, value in first.state_dict().items()}
+    second = fresh()
+    second.load_state_dict(stored)
+    run_stage(second)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_stage_a_goes_on_to_the_same_bits():
+    def fresh() -> FullObservation:
+        return FullObservation(modules(2), bags(8), bags(4, seed=9), FAST, seed=5)
+
+    whole, first, second = fresh(), fresh(), fresh()
+    for _ in range(6):
+        whole.epoch()
+    for _ in range(3):
+        first.epoch()
+    second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
+    for _ in range(3):
+        second.epoch()
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_smooth_svm_by_hand():
+    # log(e^(0+1) + e^2) - 2 for the first, log(e^1 + e^(3+1)) - 1 for the second
+    loss = smooth_top1_svm(torch.tensor([[0.0, 2.0], [1.0, 3.0]]), torch.tensor([1, 0]))
+    expected = (np.log(np.e + np.e**2) - 2 + np.log(np.e + np.e**4) - 1) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
