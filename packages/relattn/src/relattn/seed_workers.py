@@ -1,0 +1,49 @@
+"""Seeds of the experiment side by side, each in a process of one thread."""
+
+import queue
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from relattn.experiments import OnEvent, Plan, SeedResult, run_seed
+
+_events: Any = None  # a worker's way to its parent
+
+
+def run_seeds(seeds: Sequence[int], plan: Plan, on_event: OnEvent, workers: int = 2) -> list[SeedResult]:
+    """Run the experiment for each seed. Results are in the seeds' order, the same as one process would give.
+
+    Args:
+        seeds: The seeds.
+        plan: How large the experiment is.
+        on_event: Called here, in the parent, with each worker's progress.
+        workers: Processes; with one the work is done here.
+    """
+    if workers <= 1 or len(seeds) == 1:
+        return [run_seed(seed, plan, on_event) for seed in seeds]
+    # A forked worker has torch and transformers loaded already, which takes many seconds on a busy machine. It
+    # is safe here: workers use one thread, and no GPU. Elsewhere than on Linux forking is not.
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    events = context.Queue()
+    with ProcessPoolExecutor(min(workers, len(seeds)), context, _start, (events,)) as pool:
+        futures = [pool.submit(_run, seed, plan) for seed in seeds]
+        while not all(future.done() for future in futures):
+            try:
+                on_event(*events.get(timeout=0.2))
+            except queue.Empty:
+                continue
+        return [future.result() for future in futures]
+
+
+def _start(events: Any) -> None:
+    global _events
+    _events = events
+    torch.set_num_threads(1)
+
+
+def _run(seed: int, plan: Plan) -> SeedResult:
+    return run_seed(seed, plan, lambda *event: _events.put(event))
