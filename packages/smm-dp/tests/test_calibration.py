@@ -36,6 +36,17 @@ def test_noise_of_the_mnist_setting_in_both_modes():
         assert 2 * found.mu_total / scale**2 == pytest.approx(variance, abs=1.5e-3)
 
 
+@pytest.mark.parametrize("adjacency", ["zero-out", "replace-one"])
+def test_the_coordinate_bound_is_the_largest_integer_that_the_best_order_allows(adjacency):
+    setting = MNIST | ({"sampling_rate": 1.0, "rounds": 1} if adjacency == "replace-one" else {})
+    found = calibrate(3, accounting="paper", adjacency=adjacency, **setting)
+    reach = {"zero-out": 1, "replace-one": 2}[adjacency]
+    assert paper_order_allowed(found.order, found.mu_total, reach * found.coordinate_bound)
+    assert not paper_order_allowed(found.order, found.mu_total, reach * (found.coordinate_bound + 1))
+    if adjacency == "zero-out":
+        assert (found.order, found.coordinate_bound) == (5, 4)  # the authors' 4.73, cut to an integer
+
+
 @given(
     st.floats(0.3, 12),
     st.sampled_from([4.0, 16.0, 64.0]),

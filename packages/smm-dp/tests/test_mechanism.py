@@ -9,7 +9,7 @@ from scipy.stats import binom
 
 from shared_core import InputError
 from smm_dp import SkellamMixture, centre, clip_mixture, second_moment, seeded_source, stochastic_round
-from smm_dp.mechanism import clip_norm, inverse_second_moment
+from smm_dp.mechanism import _BLOCK, clip_norm, inverse_second_moment
 from smm_dp.randomness import CipherSource
 
 vectors = arrays(np.float64, st.integers(1, 40), elements=st.floats(-300, 300, width=64))
@@ -134,6 +134,29 @@ def test_clipped_vector_satisfies_what_the_accountant_assumes(accounting, rng):
         assert np.abs(y).max() <= 2
 
 
+@pytest.mark.parametrize("accounting", ["paper", "numeric"])
+@pytest.mark.parametrize(("dim", "norm"), [(3000, 3.0), (100_000, 3.0), (100_000, 3000.0)])
+def test_a_vector_that_is_clipped_reaches_its_bound(accounting, dim, norm, rng):
+    """What clipping takes beyond the bound is signal lost for nothing; 100000 entries span several blocks."""
+    x = rng.standard_normal(dim)
+    x *= norm / np.linalg.norm(x)
+    m = mechanism(dim=dim, clip=1500.0, scale=16.0, coordinate_bound=1000, accounting=accounting)
+    y = m.clipped(x)
+    moment = math.fsum(second_moment(y) if accounting == "paper" else y * y)
+    assert 1500.0 * (1 - 1e-9) <= moment <= 1500.0
+
+
+@pytest.mark.parametrize("accounting", ["paper", "numeric"])
+def test_a_coordinate_beyond_its_bound_is_cut_to_it_and_the_others_stay(accounting):
+    from smm_dp.rotation import unrotate
+
+    turned = np.array([0.0, 9.0, 1.25, -7.5, 5.75, -0.5, 0.0, 6.0])
+    m = mechanism(dim=8, clip=1e6, scale=4.0, coordinate_bound=6, accounting=accounting, rotation_seed=3)
+    y = m.clipped(unrotate(turned / 4.0, 3, 8))
+    np.testing.assert_allclose(y, [0.0, 6.0, 1.25, -6.0, 5.75, -0.5, 0.0, 6.0], atol=1e-12)
+    assert np.abs(y).max() <= 6
+
+
 def test_blocked_clipping_equals_the_whole_vector_function(rng):
     """d = 131072 spans several blocks."""
     x = rng.standard_normal(100_000)
@@ -160,6 +183,14 @@ def test_every_payload_has_its_own_noise_of_variance_two_mu_plus_rounding():
         variance = np.sum(payloads[:k], axis=0).var()
         expected = k * (2 * 30.0 / n + rounding)
         assert abs(variance / expected - 1) < 6 * math.sqrt(2 / d)
+
+
+def test_no_two_blocks_of_a_long_vector_share_their_noise():
+    m = mechanism(dim=4 * _BLOCK, mu_total=30.0, participants=1, modulus_bits=16)
+    noise = centre(m.encode(np.zeros(4 * _BLOCK), seeded_source(4), secure=False), 16).reshape(4, _BLOCK)
+    correlation = np.corrcoef(noise) - np.eye(4)
+    assert np.abs(correlation).max() < 6 / math.sqrt(_BLOCK)
+    np.testing.assert_allclose(noise.var(axis=1), 60.0, rtol=6 * math.sqrt(2 / _BLOCK))
 
 
 @given(st.integers(2, 32), st.integers(-(2**40), 2**40))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shared_core import InputError
 from smm_dp.divergence import exact_delta, exact_epsilon, exact_rdp, log_mixture, renyi_divergence
-from smm_dp.numeric import _grid, _MixtureSums, certified_rates
+from smm_dp.numeric import _grid, _MixtureSums, _rate_between, certified_rates
 from smm_dp.skellam import log_pmf, pmf_ratios
 
 mus = st.floats(math.log(0.3), math.log(5000)).map(math.exp)
@@ -60,6 +60,38 @@ def test_lemma_3_moments_are_convex_between_integers(mu, k, a, b, share, order):
         assert value <= (left + share * (right - left)) * TIGHT + 1e-12
 
 
+@given(
+    st.floats(1e-3, 4),
+    st.floats(1.001, 3),
+    st.floats(1e-6, 10),
+    st.floats(1, 20),
+    st.floats(0, 1),
+    st.integers(2, 12),
+)
+@example(left=1.0, ratio=1.5, low=1e-3, growth=2.25, share=0.4, order=2)
+def test_a_cell_covers_every_convex_moment_through_its_ends(left, ratio, low, growth, share, order):
+    """Lemma 3: the largest convex function through two grid values is their chord."""
+    right, high = left * ratio, low * growth
+    values = np.array([[low], [high]]) * np.ones(order - 1)
+    bound = _rate_between(np.array([left, right]), values)[-1]
+    x = left + share * (right - left)
+    chord = low + share * (high - low)
+    assert math.log1p(chord) / ((order - 1) * x * x) <= bound * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("mu", [0.5, 5.0, 20.0])
+def test_lemma_4_below_the_first_grid_point_the_rate_of_order_2_rises_to_its_limit(mu):
+    """D_2(x) = log(1 + χ²x²): the rate is largest at zero, which no grid point reaches."""
+    bound = 0.019 * math.sqrt(2 * mu) / 128
+    assert len(_grid(mu, bound, 2)) == 1
+    with mpmath.workdps(40):
+        mass = [mpmath.besseli(z, 2 * mpmath.mpf(mu)) * mpmath.exp(-2 * mu) for z in range(200)]
+        total = mpmath.fsum(mass[abs(z - 1)] ** 2 / mass[abs(z)] for z in range(-198, 200))
+        limit = float(total - 1)
+    rates = certified_rates(mu, bound, 2)
+    assert limit <= rates.forward[0] <= limit * (1 + 1e-6)
+
+
 @given(mus, st.floats(1e-3, 1), st.floats(1e-6, 1), orders)
 def test_lemma_4_the_rate_near_zero(mu, top, share, order):
     """The bound at `top` covers every smaller coordinate."""
@@ -103,6 +135,36 @@ def test_lemma_6_a_longer_range_of_sums_stays_below_the_bound_of_the_tails(mu, b
         if math.isfinite(tail[index]):
             outside = np.exp(np.minimum(sums.table[far] + a * np.log(ratio), 700)).sum()
             assert outside <= tail[index] * TIGHT
+
+
+def cut(sums, radius):
+    """Shorten the range of the sums, so that the bound of the tails has to carry them."""
+    sums.radius, sums.z = radius, np.arange(-radius - 1, radius + 2)
+    sums.weight = np.exp(sums.table[np.abs(sums.z)])
+
+
+@pytest.mark.parametrize(
+    ("mu", "x", "order"),
+    [(2000.0, 0.5, 4), (20.0, 2.5, 8), (3.0, 1.0, 3), (2000.0, 250.0, 2), (2000.0, 300.0, 3)],
+)
+def test_lemma_6_a_short_sum_and_the_bound_of_its_tails_are_no_less_than_the_whole_sum(mu, x, order):
+    """Where terms still grow at the end of the sum, as for a large x, the bound is infinite."""
+    log_p, log_q = log_mixture(x, mu, 300 + 4 * order * x)
+    exact = [
+        math.expm1((order - 1) * renyi_divergence(*pair, order)) for pair in ((log_p, log_q), (log_q, log_p))
+    ]
+    whole = _MixtureSums(mu, max(x, 1.0), order)
+    share = []
+    for radius in np.linspace(math.ceil(x) + 1, whole.radius, 40).astype(int).tolist():
+        sums = _MixtureSums(mu, max(x, 1.0), order)
+        cut(sums, radius)
+        ratio, u = (law[None, 1:-1] for law in sums._ratio(x))
+        bounds = sums.moments(np.array([x]))[:2]
+        for bound, short, value in zip(bounds, sums._powers(ratio, u), exact, strict=True):
+            assert bound[0, -1] >= value * (1 - 1e-9)
+            share.append(short[0, -1] / value)
+    assert min(share) < 0.6  # the shortest sums lack much
+    assert all(bound[0, -1] <= value * (1 + 1e-9) for bound, value in zip(bounds, exact, strict=True))
 
 
 @given(mus, st.floats(0.05, 8), st.integers(0, 2**32), orders)
@@ -182,6 +244,28 @@ def test_one_order_too_high_to_certify_is_infinite_not_small():
     rates = certified_rates(0.5, 8.0, 128)
     assert np.isinf(rates.forward[-1])
     assert np.isfinite(rates.forward[0])
+
+
+@pytest.mark.parametrize(("mu", "bound", "order"), [(0.5, 50.0, 16), (0.5, 8.0, 128)])
+def test_a_rate_that_cannot_be_certified_is_infinite_without_a_warning(mu, bound, order):
+    """Warnings are errors here. Where an order is infinite, so is every higher one."""
+    rates = certified_rates(mu, bound, order)
+    for rate in (rates.forward, rates.reverse):
+        assert np.isinf(rate[-1])
+        assert not np.isnan(rate).any()
+        assert (np.diff(np.isinf(rate).astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.9e-9, 1.1e8, math.inf, math.nan])
+def test_a_noise_beyond_the_reach_of_the_sums_is_refused(mu):
+    with pytest.raises(InputError, match=r"mu: .*Skellam parameters in 1e-09\.\.1e\+08"):
+        certified_rates(mu, 1.0, 4)
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.9e-6, math.inf, math.nan])
+def test_a_coordinate_bound_beyond_the_reach_of_the_sums_is_refused(bound):
+    with pytest.raises(InputError, match=r"coordinate_bound: .*at least 1e-06"):
+        certified_rates(1.0, bound, 4)
 
 
 def test_grid_covers_zero_to_the_bound_and_every_integer():

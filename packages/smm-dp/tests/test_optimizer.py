@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shared_core import InputError
-from smm_dp import RoundPrivacy, SkellamMixture
+from smm_dp import RoundPrivacy, SkellamMixture, training
 from smm_dp.ledger import BudgetExceeded, PrivacyLedger
 from smm_dp.optimizer import SMMOptimizer
 from smm_dp.training import (
@@ -126,6 +126,54 @@ def test_the_budget_stops_before_the_step():
     assert optimizer.ledger.rounds == len(seen) - 1
     assert 1 <= optimizer.ledger.rounds < 1000
     assert optimizer.ledger.spent().epsilon <= 4.0
+
+
+def watch_releases(monkeypatch, look):
+    """Call `look` with the mechanism whenever a record is encoded or a sum is simulated."""
+    encode, simulate = SkellamMixture.encode, training.simulate_sum
+
+    def watched_encode(self, *arguments, **options):
+        look(self)
+        return encode(self, *arguments, **options)
+
+    def watched_simulation(m, *arguments):
+        look(m)
+        return simulate(m, *arguments)
+
+    monkeypatch.setattr(SkellamMixture, "encode", watched_encode)
+    monkeypatch.setattr(training, "simulate_sum", watched_simulation)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_ledger_is_charged_before_anything_is_encoded(seed, monkeypatch):
+    x, y = records()
+    model, optimizer = wrapped(mechanism(), seed)
+    charged = []
+    watch_releases(monkeypatch, lambda _: charged.append(optimizer.ledger.rounds))
+    backward(model, x[:3], y[:3])
+    optimizer.step()
+    assert charged == ([1] * 3 if seed is None else [1])
+    _, poor = wrapped(mechanism(), seed, epsilon=0.01)
+    optimizer.ledger = poor.ledger
+    backward(model, x[:3], y[:3])
+    with pytest.raises(BudgetExceeded):
+        optimizer.step()
+    assert len(charged) == (3 if seed is None else 1)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_records_of_a_step_share_one_rotation_and_every_step_has_its_own(seed, monkeypatch):
+    x, y = records()
+    model, optimizer = wrapped(mechanism(), seed)
+    steps = []
+    watch_releases(monkeypatch, lambda m: steps[-1].append(m.rotation_seed))
+    for _ in range(3):
+        steps.append([])
+        optimizer.zero_grad()
+        backward(model, x[:3], y[:3])
+        optimizer.step()
+    assert all(len(set(seeds)) == 1 for seeds in steps)
+    assert len({seeds[0] for seeds in steps}) == 3
 
 
 def test_per_sample_gradients_that_cannot_be_used_are_refused_before_anything_is_charged():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from shared_core import InputError
 from smm_dp import Accountant, AccountingWarning, RoundPrivacy, honest_mu
 from smm_dp.divergence import exact_rdp, log_mixture, renyi_divergence
+from smm_dp.numeric import certified_rates
 from smm_dp.skellam import log_pmf
 
 README = {"clip": 4096.0, "mu": 240 * 5.95, "coordinate_bound": 4, "sampling_rate": 0.004}
@@ -63,6 +64,30 @@ def test_sampled_numeric_accounting_covers_both_directions_without_assuming_a_sy
     assert renyi_divergence(log_q, mixed, order) <= bound * (1 + 1e-9) + 1e-12
 
 
+@pytest.mark.parametrize(("mu", "bound", "rate"), [(200.0, 4.0, 0.3), (50.0, 2.5, 0.05)])
+def test_the_larger_of_the_two_sampled_directions_counts(mu, bound, rate):
+    """Lemma 7 written out: the reverse direction has a bound of its own, here above the forward one."""
+    clip = 20.0
+    rates = certified_rates(mu, bound, 20)
+    ours = RoundPrivacy(clip, mu, bound, "numeric", sampling_rate=rate).rdp(20)
+    above = 0
+    for order in range(2, 21):
+        second = math.comb(order, 2) * rate**2 * math.expm1(clip * rates.forward[0])
+        third = 1 + (order + 1) / 3 * rate * (1 - rate) ** (-order - 2)
+        reverse = min(math.log1p(second * third) / (order - 1), clip * rates.reverse[order - 2])
+        total = math.fsum(
+            math.comb(order, j)
+            * (1 - rate) ** (order - j)
+            * rate**j
+            * (math.exp((j - 1) * clip * rates.forward[j - 2]) if j > 1 else 1.0)
+            for j in range(order + 1)
+        )
+        forward = math.log(total) / (order - 1)
+        assert ours[order - 2] == pytest.approx(max(forward, reverse), rel=1e-9)
+        above += reverse > forward * 1.001
+    assert above > 0
+
+
 def test_a_server_that_knows_who_takes_part_gets_no_amplification():
     seen = RoundPrivacy(**(README | {"observer": "server"}))
     np.testing.assert_array_equal(seen.rdp(9), RoundPrivacy(**(README | {"sampling_rate": 1.0})).rdp(9))
@@ -88,6 +113,22 @@ def test_replace_one_is_covered_in_both_modes(mu, x, y, order):
             paper = RoundPrivacy(clip, mu, 2, "paper", adjacency="replace-one")
             assert paper.rdp(order)[-1] == paper_rdp(order, 4 * clip, mu)
             assert exact <= paper.rdp(order)[-1]
+
+
+@pytest.mark.parametrize(("x", "mu"), [(1.0, 20.0), (2.0, 100.0), (0.6, 5.0), (3.0, 1428.0)])
+def test_replace_one_covers_a_vector_and_its_opposite(x, mu):
+    """The farthest neighbours of a norm: 2x apart, so about four times the divergence from zero."""
+    a, _ = log_mixture(x, mu, 120)
+    b = a[::-1]  # the law for −x
+    if x == int(x):
+        centre = len(a) // 2
+        assert np.argmax(a) == centre + x
+        assert np.argmax(b) == centre - x
+    bound = RoundPrivacy(x * x, mu, x, "numeric", adjacency="replace-one").rdp(12)
+    for order in range(2, 13):
+        exact = max(renyi_divergence(a, b, order), renyi_divergence(b, a, order))
+        assert exact <= bound[order - 2] * (1 + 1e-9)
+        assert exact > 2 * max(exact_rdp(x, mu, order))
 
 
 def test_replace_one_checks_the_conditions_at_twice_the_bound():
@@ -146,6 +187,21 @@ def test_edge_of_the_orders_warns():
     accountant.add(RoundPrivacy(1.0, 1e6, 1, sampling_rate=0.001))
     with pytest.warns(AccountingWarning, match="largest one tried"):
         accountant.guarantee(1e-5)
+
+
+def test_statements_about_different_adjacencies_do_not_add_up():
+    one = RoundPrivacy(4096.0, 1428.0, 1)
+    other = RoundPrivacy(4096.0, 1428.0, 1, adjacency="replace-one")
+    accountant = Accountant()
+    accountant.add(one, 2)
+    with pytest.raises(InputError, match="the rounds before protect against zero-out"):
+        accountant.add(other)
+    with pytest.raises(InputError, match="do not add up"):
+        accountant.guarantee(1e-5, also=[(other, 1)])
+    assert accountant.history == ((one, 2),)
+    mixed = [{"round": kind.__dict__, "rounds": 1} for kind in (one, other)]
+    with pytest.raises(InputError, match="do not add up"):
+        Accountant.from_state(mixed)
 
 
 def test_an_empty_history_costs_nothing():

@@ -77,6 +77,17 @@ def test_an_allowed_order_satisfies_both_conditions_at_the_rounded_bound(mu, bou
         assert paper_order_allowed(order - 1, mu, bound)  # lower orders, which sampling uses, are covered
 
 
+@given(st.floats(1e-3, 1e5), st.integers(2, 256))
+def test_the_coordinate_bound_is_the_largest_that_both_conditions_allow(mu, order):
+    """Below mu = 0.13 the first condition, order ≤ 2μ/Δ∞, is the tighter one, and both allow less than 1."""
+    first = 2 * mu / order
+    second = math.sqrt(4 * mu / (10.9 * order**2 - 1.8 * order - 9.1))
+    bound = paper_coordinate_bound(order, mu)
+    assert bound <= first
+    assert bound <= second * (1 + 1e-12)
+    assert bound >= min(first, second) * (1 - 1e-12)
+
+
 def test_the_official_bound_of_4_73_is_refused_at_its_own_order_but_4_is_allowed():
     mu = 240 * 5.95
     assert not paper_order_allowed(5, mu, 4.73)

@@ -1,4 +1,5 @@
 import math
+from bisect import bisect_right
 from fractions import Fraction
 
 import mpmath
@@ -111,6 +112,38 @@ def test_the_rare_path_that_reads_ever_more_bits_has_the_same_law(law):
     assert_law(np.array(draws), pmf, -20, 20)
 
 
+class _Digits:
+    """The binary digits of one number in [0, 1), as many at a time as are asked for."""
+
+    label, secure = "digits of a number", False
+
+    def __init__(self, number, bits):
+        self.number, self.left = number, bits
+
+    def octets(self, count):
+        self.left -= 8 * count
+        part = self.number >> self.left & ((1 << 8 * count) - 1)
+        return np.frombuffer(part.to_bytes(count, "little"), np.uint8)
+
+
+@pytest.mark.parametrize("mu", MUS)
+def test_a_draw_beside_a_border_of_the_table_is_decided_by_as_many_bits_as_it_takes(mu):
+    """A uniform number U gives the least z with U < P(Z ≤ z), however many digits it shares with a border."""
+    bits = 512
+    first, table = cumulative_thresholds(mu, bits)
+    for value in (-1, 0, 2):
+        border = table[value - first]
+        for depth in (10, 30, 60, 63, 64, 66, 100, 126, 127, 128, 130, 200, 250):
+            for sign in (-1, 1):
+                number = border + sign * (1 << bits - depth)
+                if 0 < number < 1 << bits:
+                    expected = first + bisect_right(table, number)
+                    assert skellam_table(mu).sample(_Digits(number, bits), 1).tolist() == [expected]
+        deepest = 1 << bits - 250
+        pair = [int(skellam_table(mu).sample(_Digits(border + s * deepest, bits), 1)[0]) for s in (-1, 1)]
+        assert pair == [value, value + 1]
+
+
 def _discrete_gaussian_pmf(variance):
     total = sum(math.exp(-z * z / (2 * variance)) for z in range(-200, 201))
     return lambda z: math.exp(-z * z / (2 * variance)) / total
@@ -156,6 +189,22 @@ def test_secure_source_gives_uniform_words():
     data = secure_source().octets(1 << 18)
     assert chisquare(np.bincount(data, minlength=256)).pvalue > 1e-6
     assert not np.array_equal(data, secure_source().octets(1 << 18))
+
+
+def test_secure_source_has_a_fresh_key_of_256_bits_from_the_operating_system(monkeypatch):
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    keys = []
+
+    def urandom(count):
+        keys.append(bytes(range(len(keys) + 1, len(keys) + 1 + count)))
+        return keys[-1]
+
+    monkeypatch.setattr("smm_dp.randomness.os.urandom", urandom)
+    streams = [secure_source().octets(64).tobytes() for _ in range(2)]
+    assert [len(key) for key in keys] == [32, 32]
+    for key, stream in zip(keys, streams, strict=True):
+        assert stream == Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(64))
 
 
 def test_cipher_stream_is_aes_in_counter_mode_whatever_the_request_sizes():

@@ -1,16 +1,23 @@
+from dataclasses import replace
+from itertools import combinations
+
 import numpy as np
 import pytest
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from shared_core import InputError
+from smm_dp.masks import combine_shares, split_secret, uniform_mask
 from smm_dp.packing import unpack_bits
 from smm_dp.secure_aggregation import (
     AggregationAborted,
     AggregationPlan,
     Aggregator,
     Participant,
+    _mask,
     aggregate_in_process,
 )
 
@@ -184,3 +191,154 @@ def test_end_to_end_with_the_mechanism_and_a_dropout(rng):
     total, finished = aggregate_in_process(plan, residues, drop_before_masking=frozenset({"client-2"}))
     error = mechanism.decode(total) - sum(x[name] for name in finished)
     assert error.std() * 256 == pytest.approx(np.sqrt(2 * 50 * 4 / 5 + 4 * 0.2), rel=0.15)
+
+
+def exchange(plan, people=None, absent=frozenset()):
+    """Run an aggregation up to the masked vectors; return the server and the participants."""
+    server = Aggregator(plan)
+    people = people or {name: Participant(name, plan) for name in plan.participants}
+    for person in people.values():
+        server.receive_keys(person.keys())
+    for name, person in people.items():
+        server.receive_shares(name, person.shares(server.keys))
+    for name, person in people.items():
+        if name not in absent:
+            server.receive_masked(name, person.masked(vectors_of(plan)[name], server.mail(name)))
+    return server, people
+
+
+@pytest.mark.parametrize("bits", [2, 8, 11, 16, 17, 32])
+def test_every_bit_of_a_mask_is_a_fair_coin(bits):
+    n = 4000
+    mask = uniform_mask(b"seed", "test", n, bits)
+    for place in range(32):
+        ones = int((mask >> np.uint32(place) & np.uint32(1)).sum())
+        assert ones == 0 if place >= bits else abs(ones - n / 2) < 6 * np.sqrt(n) / 2
+
+
+def test_one_secret_gives_unrelated_masks_for_each_round_and_purpose():
+    plan = AggregationPlan(names(3), 4096, 4, 2, round_id="7")
+    masks = [
+        _mask(b"s" * 32, replace(plan, round_id=round_id), purpose)
+        for round_id in ("7", "8")
+        for purpose in ("self", "pair")
+    ]
+    for one, other in combinations(masks, 2):
+        difference = (one - other) & np.uint32(15)
+        assert chisquare(np.bincount(difference, minlength=16)).pvalue > 1e-6
+
+
+def test_only_the_neighbour_it_is_for_can_read_a_share_and_only_in_its_round():
+    plan = AggregationPlan(names(3), 4, 8, 2, round_id="7")
+    people = {name: Participant(name, plan) for name in plan.participants}
+    keys = {name: person.keys() for name, person in people.items()}
+    mail = {name: person.shares(keys) for name, person in people.items()}["client-0"]["client-1"]
+    label = b"7|client-0|client-1"
+
+    def read(person):
+        plain = AESGCM(person._channel("client-0")).decrypt(mail[:12], mail[12:], label)
+        return int.from_bytes(plain[:4], "big"), len(plain)
+
+    assert read(people["client-1"]) == (1, 4 + 32 + 32)
+    later = Participant.from_state(people["client-1"].state(), replace(plan, round_id="8"))
+    for stranger in (people["client-2"], later):
+        with pytest.raises(InvalidTag):
+            read(stranger)
+
+
+def test_fewer_shares_than_the_threshold_do_not_give_the_secret():
+    secret = bytes(range(100, 132))
+    for threshold, count in ((2, 3), (3, 5), (4, 4)):
+        shares = list(enumerate(split_secret(secret, threshold, count), start=1))
+        for some in combinations(shares, threshold):
+            assert combine_shares(list(some)) == secret
+        for few in combinations(shares, threshold - 1):
+            value = combine_shares(list(few))
+            assert value[:16] != secret[:16]
+            assert value[16:] != secret[16:]
+
+
+def test_the_server_gives_up_by_itself_where_too_few_finished():
+    """Participants under a laxer plan would answer: the noise in the sum would be less than accounted for."""
+    lax = AggregationPlan(names(6), 4, 8, 3, least=2)
+    people = {name: Participant(name, lax) for name in lax.participants}
+    server, _ = exchange(replace(lax, least=5), people, absent=frozenset(names(2)))
+    for name in server.finished:
+        server.receive_unmasking(people[name].unmasking(frozenset(server.finished)))
+    with pytest.raises(AggregationAborted, match="only 4 of the 5 participants needed finished"):
+        server.result()
+
+
+@pytest.mark.parametrize("place", ["encryption", "masking"])
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_keys_of_another_length_are_refused_and_the_right_ones_still_taken(place, size):
+    plan = AggregationPlan(names(3), 4, 8, 2)
+    server, keys = Aggregator(plan), Participant("client-1", plan).keys()
+    with pytest.raises(InputError, match=f"client-1 sent a key of {size} bytes, expected 32"):
+        server.receive_keys(replace(keys, **{place: bytes(size)}))
+    with pytest.raises(InputError, match="not in this stage"):
+        server.receive_keys(replace(keys, sender="stranger"))
+    server.receive_keys(keys)
+    assert server.keys == {"client-1": keys}
+
+
+def test_shares_are_for_all_neighbours_with_keys_and_nobody_else():
+    plan = AggregationPlan(names(4), 4, 8, 2)
+    server = Aggregator(plan)
+    people = {name: Participant(name, plan) for name in names(3)}  # client-3 never came
+    for person in people.values():
+        server.receive_keys(person.keys())
+    shares = people["client-0"].shares(server.keys)
+    one = shares["client-1"]
+    for wrong in (
+        {"client-1": one},
+        {},
+        shares | {"client-3": one},
+        shares | {"client-0": one},
+        {"x": one, "y": one},
+    ):
+        with pytest.raises(InputError, match=r"client-0 sent shares for \d names, expected its 2 neighbours"):
+            server.receive_shares("client-0", wrong)
+    with pytest.raises(InputError, match="not in this stage"):
+        server.receive_shares("client-3", shares)
+    assert server.mail("client-1") == {}
+    server.receive_shares("client-0", shares)
+    assert server.mail("client-1") == {"client-0": one}
+    with pytest.raises(InputError, match="second message"):
+        server.receive_shares("client-0", shares)
+
+
+def test_what_is_no_share_of_a_key_is_refused_and_the_right_answer_still_taken():
+    plan = AggregationPlan(names(4), 4, 8, 2)
+    server, people = exchange(plan, absent=frozenset({"client-3"}))
+    finished = frozenset(server.finished)
+    answers = {name: people[name].unmasking(finished) for name in sorted(finished)}
+    good = answers["client-0"]
+    index, share = good.self_masks["client-1"]
+    for bad in ((index, share[:31]), (index, share + b"x"), (index, b""), (0, share), (-1, share)):
+        for field in ("self_masks", "mask_keys"):
+            with pytest.raises(InputError, match="client-0 sent what is no share of a key"):
+                server.receive_unmasking(replace(good, **{field: {"client-1": bad}}))
+    with pytest.raises(InputError, match="not in this stage"):
+        server.receive_unmasking(replace(good, sender="client-3"))
+    for answer in answers.values():
+        server.receive_unmasking(answer)
+    with pytest.raises(InputError, match="second message"):
+        server.receive_unmasking(good)
+    assert server.result().tolist() == plain_sum(plan, vectors_of(plan), finished)
+
+
+def test_a_mask_key_that_its_shares_do_not_give_aborts_the_round():
+    """A false share of a dropped participant's key would leave its masks in the sum."""
+    plan = AggregationPlan(names(4), 4, 8, 2)
+    server, people = exchange(plan, absent=frozenset({"client-3"}))
+    finished = frozenset(server.finished)
+    for name in sorted(finished):
+        answer = people[name].unmasking(finished)
+        if name == "client-0":
+            index, share = answer.mask_keys["client-3"]
+            forged = bytes([share[0] ^ 1]) + share[1:]
+            answer = replace(answer, mask_keys={"client-3": (index, forged)})
+        server.receive_unmasking(answer)
+    with pytest.raises(AggregationAborted, match="the shares of the key of client-3 do not give that key"):
+        server.result()

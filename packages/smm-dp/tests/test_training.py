@@ -223,6 +223,45 @@ def test_secure_round_wants_the_noise_that_the_ledger_states():
     assert ledger.rounds == 1  # given up, but the budget stays charged
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"clip": 99.0}, "clip"),
+        ({"coordinate_bound": 2}, "coordinate_bound"),
+        ({"accounting": "numeric"}, "acc"),
+    ],
+)
+def test_secure_round_refuses_a_mechanism_of_another_ledger(change, field):
+    from smm_dp import SkellamMixture
+
+    settings = {"clip": 100.0, "coordinate_bound": 1, "accounting": "paper"} | change
+    m = SkellamMixture(4, scale=10.0, modulus_bits=12, mu_total=20.0, participants=3, **settings)
+    ledger = PrivacyLedger(None, 1000.0, 1e-5, RoundPrivacy(100.0, 20.0, 1))
+    with pytest.raises(InputError, match=f"{field}.*the ledger was opened for"):
+        secure_round(m, {f"p{i}": np.zeros(4) for i in range(3)}, ledger)
+    assert ledger.rounds == 0
+
+
+@pytest.mark.parametrize(
+    ("participants", "vectors", "least", "stated"),
+    [(4, 5, 5, 20.0), (5, 6, 6, 20.0), (5, 6, 5, 20.0), (4, 5, 4, 20.0), (5, 5, 4, 16.0)],
+)
+def test_an_amplified_round_has_one_constant_total_noise(participants, vectors, least, stated):
+    """More noise than stated would do without sampling; with it the total would tell who was drawn."""
+    from smm_dp import SkellamMixture
+
+    m = SkellamMixture(4, 100.0, 10.0, 12, 20.0, participants, 1)
+    rows = {f"p{i}": np.zeros(4) for i in range(vectors)}
+    ledger = PrivacyLedger(None, 1000.0, 1e-5, RoundPrivacy(100.0, stated, 1, sampling_rate=0.5))
+    with pytest.raises(InputError, match="one constant total noise"):
+        secure_round(m, rows, ledger, least=least)
+    assert ledger.rounds == 0
+    whole = PrivacyLedger(None, 1000.0, 1e-5, RoundPrivacy(100.0, stated, 1))
+    secure_round(m, rows, whole, least=least)
+    secure_round(SkellamMixture(4, 100.0, 10.0, 12, 20.0, vectors, 1), rows, ledger)
+    assert whole.rounds == ledger.rounds == 1
+
+
 def test_files_that_are_no_vectors_are_refused(tmp_path):
     for name, content, text in (
         ("a.csv", "1,2\n3", "no table"),
