@@ -246,7 +246,10 @@ def test_one_order_too_high_to_certify_is_infinite_not_small():
     assert np.isfinite(rates.forward[0])
 
 
-@pytest.mark.parametrize(("mu", "bound", "order"), [(0.5, 50.0, 16), (0.5, 8.0, 128)])
+@pytest.mark.parametrize(
+    ("mu", "bound", "order"),
+    [(0.5, 50.0, 16), (0.5, 8.0, 128), (0.5, 200.0, 8), (20.0, 500.0, 8), (1e-9, 50.0, 64)],
+)
 def test_a_rate_that_cannot_be_certified_is_infinite_without_a_warning(mu, bound, order):
     """Warnings are errors here. Where an order is infinite, so is every higher one."""
     rates = certified_rates(mu, bound, order)

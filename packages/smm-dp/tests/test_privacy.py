@@ -198,6 +198,8 @@ def test_statements_about_different_adjacencies_do_not_add_up():
         accountant.add(other)
     with pytest.raises(InputError, match="do not add up"):
         accountant.guarantee(1e-5, also=[(other, 1)])
+    with pytest.raises(InputError, match="do not add up"):
+        Accountant().guarantee(1e-5, also=[(one, 1), (other, 1)])
     assert accountant.history == ((one, 2),)
     mixed = [{"round": kind.__dict__, "rounds": 1} for kind in (one, other)]
     with pytest.raises(InputError, match="do not add up"):

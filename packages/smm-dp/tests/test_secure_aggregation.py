@@ -270,11 +270,11 @@ def test_the_server_gives_up_by_itself_where_too_few_finished():
 
 
 @pytest.mark.parametrize("place", ["encryption", "masking"])
-@pytest.mark.parametrize("size", [0, 31, 33])
-def test_keys_of_another_length_are_refused_and_the_right_ones_still_taken(place, size):
+@pytest.mark.parametrize("size", [0, 31, 32, 33])  # 32 zeros are a point of low order
+def test_what_is_no_key_is_refused_and_the_right_ones_still_taken(place, size):
     plan = AggregationPlan(names(3), 4, 8, 2)
     server, keys = Aggregator(plan), Participant("client-1", plan).keys()
-    with pytest.raises(InputError, match=f"client-1 sent a key of {size} bytes, expected 32"):
+    with pytest.raises(InputError, match="client-1 sent what is no X25519 key"):
         server.receive_keys(replace(keys, **{place: bytes(size)}))
     with pytest.raises(InputError, match="not in this stage"):
         server.receive_keys(replace(keys, sender="stranger"))
@@ -341,4 +341,17 @@ def test_a_mask_key_that_its_shares_do_not_give_aborts_the_round():
             answer = replace(answer, mask_keys={"client-3": (index, forged)})
         server.receive_unmasking(answer)
     with pytest.raises(AggregationAborted, match="the shares of the key of client-3 do not give that key"):
+        server.result()
+
+
+def test_the_same_share_twice_gives_no_sum():
+    plan = AggregationPlan(names(4), 4, 8, 2)
+    server, people = exchange(plan, {name: Participant(name, plan) for name in plan.participants})
+    finished = frozenset(server.finished)
+    answers = [person.unmasking(finished) for person in people.values()]
+    first = answers[0].self_masks
+    twice = {name: first[name] for name in answers[1].self_masks if name in first}
+    server.receive_unmasking(answers[0])
+    server.receive_unmasking(replace(answers[1], self_masks=answers[1].self_masks | twice))
+    with pytest.raises(AggregationAborted, match="same share"):
         server.result()

@@ -193,7 +193,8 @@ class _MixtureSums:
         By g_(j+1) = L g_j + j u² and h_(j+1) = (h_j + (j+1) u²)/L: only positive numbers are added, so
         nothing cancels however small the divergence is (lemma 5).
         """
-        square = self.weight[1:-1] * u * u
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = self.weight[1:-1] * u * u
         g, h = np.zeros_like(u), np.zeros_like(u)
         forward = np.empty((len(u), self.orders.size))
         reverse = np.empty_like(forward)
@@ -214,11 +215,16 @@ class _MixtureSums:
         ratio, u = ends[1:-1], excess[1:-1]
         gains = u > 0  # those z whose ratio is above 1
         quadratic = self.orders * (self.orders - 1) / 2
-        weight = self.weight[1:-1] * u**2
+        with np.errstate(over="ignore", invalid="ignore"):
+            weight = self.weight[1:-1] * u**2
         up = self._powers(np.where(gains, ratio, 1.0)[None], np.where(gains, u, 0.0)[None])[0][0]
         down = self._powers(np.where(gains, 1.0, ratio)[None], np.where(gains, 0.0, u)[None])[1][0]
         tail = self._tail(x, ends) * (1 + self.orders)  # lemma 4 puts C(α,2)u² for some of the terms
         scale = (self.orders - 1) * x * x
-        return (up + quadratic * weight[~gains].sum() + tail) / scale, (
-            down + quadratic * weight[gains].sum() + tail
-        ) / scale
+        with np.errstate(over="ignore", invalid="ignore"):
+            rates = (
+                (up + quadratic * weight[~gains].sum() + tail) / scale,
+                (down + quadratic * weight[gains].sum() + tail) / scale,
+            )
+        forward, reverse = (np.where(np.isnan(rate), np.inf, rate) for rate in rates)
+        return forward, reverse

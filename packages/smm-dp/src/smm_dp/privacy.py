@@ -212,6 +212,16 @@ def honest_mu(mu_each: float, participants: int, *, dropouts: int = 0, colluders
     return round(mu_each * left, 12)
 
 
+def _check_adjacency(first: RoundPrivacy, kind: RoundPrivacy) -> None:
+    if first.adjacency != kind.adjacency:
+        raise InputError(
+            f"the rounds before protect against {first.adjacency}: statements about different adjacencies do "
+            "not add up",
+            field="adjacency",
+            value=kind.adjacency,
+        )
+
+
 class Accountant:
     """Adds up rounds and says what they cost together.
 
@@ -239,16 +249,17 @@ class Accountant:
         """
         if rounds < 1:
             raise InputError("expected at least 1 round", field="rounds", value=rounds)
-        self._check_adjacency(round_privacy)
+        if self._history:
+            _check_adjacency(self._history[0][0], round_privacy)
         if self._history and self._history[-1][0] == round_privacy:
             rounds += self._history.pop()[1]
         self._history.append((round_privacy, rounds))
 
     def rdp(self, also: Sequence[tuple[RoundPrivacy, int]] = ()) -> Float64[np.ndarray, " n"]:
         """Return the composed divergence at orders 2, 3, ... of the history and of `also`."""
-        for kind, _ in also:
-            self._check_adjacency(kind)
         history = [*self._history, *also]
+        for kind, _ in history:
+            _check_adjacency(history[0][0], kind)
         paper_only = all(kind.accounting == "paper" for kind, _ in history)
         top = ORDERS[-1] if paper_only else NUMERIC_MAX_ORDER
         total = np.zeros(top - 1)
@@ -281,15 +292,6 @@ class Accountant:
                 stacklevel=2,
             )
         return spent
-
-    def _check_adjacency(self, kind: RoundPrivacy) -> None:
-        if self._history and self._history[0][0].adjacency != kind.adjacency:
-            raise InputError(
-                f"the rounds before protect against {self._history[0][0].adjacency}: statements about "
-                "different adjacencies do not add up",
-                field="adjacency",
-                value=kind.adjacency,
-            )
 
     def state(self) -> list[dict]:
         """Return the history as plain data; `from_state` reads it."""

@@ -11,7 +11,8 @@ where there are many participants:
 4. unmasking: of every participant, survivors reveal shares of *either* the self mask (it finished) *or* the
    mask key (it dropped out), never both.
 
-The server is honest but curious: it follows the protocol. It may collude with fewer than t neighbours of a
+The server is honest but curious: it follows the protocol, and so do participants until they drop out (one who
+forges a share of a self mask spoils the sum unnoticed). It may collude with fewer than t neighbours of a
 participant. Against a server that lies about keys or about who dropped out, participants' keys must be signed
 by a directory that they trust, which is not part of this module.
 """
@@ -119,6 +120,15 @@ class Unmasking:
     mask_keys: dict[str, tuple[int, bytes]]
 
 
+def _is_public_key(key: bytes) -> bool:
+    """Whether a key can be agreed with it: right length, not one of the few points of low order."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
+    except ValueError:
+        return False
+    return True
+
+
 def _mask(seed: bytes, plan: AggregationPlan, purpose: str) -> UInt32[np.ndarray, " d"]:
     return uniform_mask(seed, f"{purpose}/{plan.round_id}", plan.length, plan.bits)
 
@@ -190,6 +200,8 @@ class Participant:
                 raise InputError(
                     "a share cannot be decrypted: it was altered on the way", field=name
                 ) from error
+            if len(plain) != 4 + 2 * _KEY:
+                raise InputError(f"a share has {len(plain)} bytes, expected {4 + 2 * _KEY}", field=name)
             self._held[name] = int.from_bytes(plain[:4], "big"), plain[4:]
         if len(self._held) < plan.threshold:
             raise AggregationAborted(f"{self.name}: only {len(self._held)} neighbours sent shares")
@@ -283,10 +295,8 @@ class Aggregator:
         """
         self._check_sender(message.sender, self.keys, self.plan.participants)
         for key in (message.encryption, message.masking):
-            if len(key) != _KEY:
-                raise InputError(
-                    f"{message.sender} sent a key of {len(key)} bytes, expected {_KEY}", field="keys"
-                )
+            if not _is_public_key(key):
+                raise InputError(f"{message.sender} sent what is no X25519 key", field="keys")
         self.keys[message.sender] = message
 
     def receive_shares(self, sender: str, shares: Mapping[str, bytes]) -> None:
@@ -332,7 +342,7 @@ class Aggregator:
         """
         self._check_sender(message.sender, self._answers, self.finished)
         for index, share in (*message.self_masks.values(), *message.mask_keys.values()):
-            if not (isinstance(index, int) and index > 0 and len(share) == _KEY):
+            if not (isinstance(index, int) and 0 < index < 1 << 32 and len(share) == _KEY):
                 raise InputError(f"{message.sender} sent what is no share of a key", field="unmasking")
         self._answers[message.sender] = message
 
@@ -372,7 +382,10 @@ class Aggregator:
             raise AggregationAborted(
                 f"{len(shares)} shares of {name} are too few, {self.plan.threshold} are needed"
             )
-        return combine_shares(shares[: self.plan.threshold])
+        chosen = shares[: self.plan.threshold]
+        if len({index for index, _ in chosen}) < len(chosen):
+            raise AggregationAborted(f"two participants sent the same share of a key of {name}")
+        return combine_shares(chosen)
 
     @staticmethod
     def _check_sender(sender: str, seen: object, allowed: object) -> None:
