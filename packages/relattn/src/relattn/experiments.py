@@ -38,8 +38,8 @@ ARMS = (
     "plain", "prefix", "pplm", "boost", "relattn", "relattn-paper", "relattn-online", "relattn-coverage",
     "relattn-fewshot", "oracle", "other-control",
 )  # fmt: skip
-"""plain: no control. relattn: weight and sharpness from validation. relattn-paper: the formula's sharpness (1),
-its weight from validation. relattn-online: each document's weight by online selection. relattn-coverage: its
+"""plain: no control. relattn: weight and sharpness from validation. relattn-paper: the same with the
+formula's sharpness. relattn-online: each document's weight by online selection. relattn-coverage: the same
 candidates, chosen by covered relevance (not the paper's). oracle: relevance is uniform on the right passage.
 other-control: relattn with the control of another document."""
 

@@ -25,8 +25,8 @@ def run_seeds(seeds: Sequence[int], plan: Plan, on_event: OnEvent, workers: int 
     """
     if workers <= 1 or len(seeds) == 1:
         return [run_seed(seed, plan, on_event) for seed in seeds]
-    # A forked worker has torch and transformers loaded already, which takes many seconds on a busy machine. It
-    # is safe here: workers use one thread, and no GPU. Elsewhere than on Linux forking is not.
+    # A forked worker has torch and transformers loaded already, which takes long on a busy machine. It is
+    # safe here: workers use one thread, and no GPU. Elsewhere than on Linux forking is not.
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     events = context.Queue()
     with ProcessPoolExecutor(min(workers, len(seeds)), context, _start, (events,)) as pool:

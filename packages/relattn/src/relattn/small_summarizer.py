@@ -46,7 +46,7 @@ class TrainingPlan:
     steps: int = 1500
     batch: int = 32
     learning_rate: float = 3e-3
-    prefix_share: float = 0.2
+    prefix_share: float = 0.1
     encoder_layers: int = 2
     decoder_layers: int = 2
     width: int = 64
