@@ -42,9 +42,9 @@ def test_the_page_needs_nothing_from_elsewhere(explanation):
 def test_colour_grows_with_relevance_and_the_most_relevant_is_full(explanation):
     pieces = shades(explanation)
     assert [(DOCUMENT[b:e], round(s, 3)) for b, e, _, s in pieces if s > 0.15] == [
-        (" Dogs", 1.0), (" <b>bark</b>", 0.5), (" run", 0.2),
+        ("Dogs", 1.0), ("<b>bark</b>", 0.5), ("run", 0.2),
     ]  # fmt: skip
-    assert 'style="--s:1.000" title="50.00%"> Dogs<' in to_html(explanation)
+    assert 'style="--s:1.000" title="50.00%">Dogs<' in to_html(explanation)
 
 
 def test_pieces_that_share_a_character_are_joined():
@@ -80,3 +80,11 @@ def test_the_numbers_add_up(explanation):
     assert sum(s["mass"] for s in found["sentences"]) == pytest.approx(1.0)
     assert found["control"] == ["dogs"]
     assert all(DOCUMENT[t["begin"] : t["end"]] == t["text"] for t in found["tokens"])
+
+
+def test_the_part_behind_the_length_limit_is_marked_as_lost():
+    a_rel = torch.tensor([0.9, 0.1])
+    result = RelevanceResult(a_rel, a_rel, ("One", " two"), ((0, 3), (3, 7)), 1.2, ("x",), ())
+    page = to_html(explain("One two. Three & four.", result))
+    assert '<span class="lost" title="behind the length limit">. Three &amp; four.</span>' in page
+    assert "lost" not in to_html(explain("One two", result)).partition("<body>")[2]

@@ -53,6 +53,8 @@ def shades(explanation: Explanation) -> list[tuple[int, int, float, float]]:
     for (begin, end), a in zip(
         explanation.result.offsets or (), explanation.result.a_rel.tolist(), strict=False
     ):
+        piece = explanation.document[begin:end]
+        begin += len(piece) - len(piece.lstrip())  # byte-level tokens hold the space before their word
         if end <= begin:
             continue
         if pieces and begin < pieces[-1][1]:
@@ -70,11 +72,12 @@ def to_terminal(explanation: Explanation, sentences: int = 5) -> RenderableType:
     for begin, end, _, shade in shades(explanation):
         if shade >= 0.05:  # paler than that cannot be told from the background
             text.stylize(_terminal_style(shade), begin, end)
+    text.stylize("dim", _lost_from(explanation))
     ranked = sorted(explanation.sentences, key=lambda s: (-s.excess, s.begin))[:sentences]
     table = Table("share", "", "sentence", box=None, pad_edge=False)
     top = max((s.mass for s in ranked), default=0.0) or 1.0
     for sentence in ranked:
-        bar = "█" * max(1, round(10 * sentence.mass / top))
+        bar = "█" * round(10 * sentence.mass / top)
         table.add_row(f"{sentence.mass:.1%}", Text(bar, "dark_orange"), Text(_cut(explanation, sentence)))
     parts: list[RenderableType] = [text, Text(), table, Text(_caption(explanation), "dim")]
     parts += [Text(f"warning: {warning}", "yellow") for warning in explanation.result.warnings]
@@ -144,8 +147,17 @@ def _marked(explanation: Explanation) -> str:
             f'<span style="--s:{shade:.3f}" title="{a:.2%}">{word}</span>' if shade >= 0.01 else word
         )
         at = end
-    parts.append(html.escape(explanation.document[at:]))
+    lost = max(at, _lost_from(explanation))
+    parts.append(html.escape(explanation.document[at:lost]))
+    if rest := explanation.document[lost:]:
+        parts.append(f'<span class="lost" title="behind the length limit">{html.escape(rest)}</span>')
     return "".join(parts)
+
+
+def _lost_from(explanation: Explanation) -> int:
+    """Where the part begins that a length limit cut off; the text's end where none was."""
+    end = max((stop for _, stop in explanation.result.offsets or ()), default=0)
+    return end if explanation.document[end:].strip() else len(explanation.document)
 
 
 def _caption(explanation: Explanation) -> str:
@@ -167,14 +179,39 @@ def _cut(explanation: Explanation, sentence: SentenceRelevance, width: int = 200
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,
-initial-scale=1"> <title>{title}</title> <style> :root {{ color-scheme: light dark; }} body {{ font: 17px/1.65
-system-ui, sans-serif; max-width: 46rem; margin: 2.5rem auto; padding: 0 1rem; }} h1 {{ font-size: 1.4rem;
-margin-bottom: .2rem; }} h2 {{ font-size: 1.05rem; margin-top: 2rem; }} .caption, .share {{ opacity: .7; }}
-.warning {{ color: #b45309; }} .source {{ white-space: pre-wrap; overflow-wrap: anywhere; }} .source span {{
-background: rgb(249 115 22 / calc(var(--s) * .75)); border-radius: .2em; }} table {{ border-collapse:
-collapse; font-size: .92rem; }} td {{ padding: .25rem .5rem; vertical-align: top; }} meter {{ width: 6rem; }}
-.share {{ text-align: right; font-variant-numeric: tabular-nums; }} </style></head> <body> <h1>{control}</h1>
-<p class="caption">{caption}</p> {warnings}{summary} <h2>Source</h2> <p class="source">{source}</p>
-<h2>Sentences, most relevant first</h2> <table> {rows} </table> </body></html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 17px/1.65 system-ui, sans-serif; max-width: 46rem; margin: 2.5rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; margin-bottom: .2rem; }}
+h2 {{ font-size: 1.05rem; margin-top: 2rem; }}
+.caption, .share {{ opacity: .7; }}
+.warning {{ color: #b45309; }}
+.source {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+.source span[style] {{ background: rgb(249 115 22 / calc(var(--s) * .75)); border-radius: .2em; }}
+.lost {{ opacity: .45; }}
+table {{ border-collapse: collapse; font-size: .92rem; }}
+td {{ padding: .25rem .5rem; vertical-align: top; }}
+.share {{ text-align: right; font-variant-numeric: tabular-nums; }}
+meter {{ width: 6rem; }}
+meter::-webkit-meter-optimum-value {{ background: #f97316; }}
+meter::-moz-meter-bar {{ background: #f97316; }}
+</style>
+</head>
+<body>
+<h1>{control}</h1>
+<p class="caption">{caption}</p>
+{warnings}{summary}
+<h2>Source</h2>
+<p class="source">{source}</p>
+<h2>Sentences, most relevant first</h2>
+<table>
+{rows}
+</table>
+</body>
+</html>
 """
