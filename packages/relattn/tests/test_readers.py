@@ -184,6 +184,7 @@ def test_entsum_joins_annotations_with_articles(tmp_path):
     assert [(e.document_id, e.control, e.summary) for e in found] == [
         ("12", ("Ann",), "s1"), ("12", ("Ann",), "s2"), ("13", ("Bob",), "t"),
     ]  # fmt: skip
+    assert found[0].other_summaries == ()  # a second summary about the same entity is no contrast
     assert found[2].document == "First p.\n\nSecond."
 
 
@@ -219,3 +220,19 @@ print(all(len(e.other_summaries) == 2 and e.summary not in e.other_summaries for
         load_aclsum("dev")
     with pytest.raises(InputError, match="aspects: expected one of challenge, approach, outcome"):
         load_aclsum(aspects=["method"])
+
+
+def test_the_readers_are_names_of_the_package():
+    import relattn
+
+    for name in (
+        "load_newts",
+        "load_entsum",
+        "load_aclsum",
+        "load_jsonl",
+        "load_csv",
+        "load_ctrlsum",
+        "load_dataset",
+    ):
+        assert callable(getattr(relattn, name))
+        assert name in relattn.__all__

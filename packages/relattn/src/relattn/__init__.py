@@ -11,6 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from relattn.entsum import load_entsum
+    from relattn.examples import Example
+    from relattn.methods import summarize
+    from relattn.readers import load_aclsum, load_csv, load_ctrlsum, load_dataset, load_jsonl, load_newts
     from relattn.relevance import EmbeddingRelevance, SimilarityRelevance
     from relattn.selection import coverage_select, online_select
     from relattn.steerer import Candidate, ControlledSummary, RelevanceResult, Steerer
@@ -27,6 +31,15 @@ __all__ = [
     "coverage_select",
     "RelAttnModule",
     "RelAttnConfig",
+    "Example",
+    "load_jsonl",
+    "load_csv",
+    "load_dataset",
+    "load_newts",
+    "load_entsum",
+    "load_aclsum",
+    "load_ctrlsum",
+    "summarize",
 ]
 
 # Each name is imported at first use, so that `relattn --help` and its errors about options need no torch.
@@ -41,6 +54,15 @@ _HOME = {
     "coverage_select": "selection",
     "RelAttnModule": "weights",
     "RelAttnConfig": "weights",
+    "Example": "examples",
+    "load_jsonl": "readers",
+    "load_csv": "readers",
+    "load_dataset": "readers",
+    "load_newts": "readers",
+    "load_entsum": "entsum",
+    "load_aclsum": "readers",
+    "load_ctrlsum": "readers",
+    "summarize": "methods",
 }
 
 # Modules that are reached as attributes: relattn.selection.GRID.

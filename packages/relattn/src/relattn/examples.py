@@ -96,7 +96,7 @@ def example_of(row: Row, fields: Fields, number: int) -> Example:
 
 
 def with_other_summaries(examples: Iterable[Example]) -> list[Example]:
-    """Each example with the references of its document's other examples; documents without name get one.
+    """Each example with its document's references for other controls; documents without name get one.
 
     Raises:
         InputError: Two examples have the same id.
@@ -120,7 +120,7 @@ def with_other_summaries(examples: Iterable[Example]) -> list[Example]:
                 dict.fromkeys(
                     other.summary
                     for other in of_document[example.document_id]
-                    if other.id != example.id and other.summary and other.summary != example.summary
+                    if other.control != example.control and other.summary and other.summary != example.summary
                 )
             ),
         )
