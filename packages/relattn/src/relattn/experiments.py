@@ -27,7 +27,7 @@ from relattn.papers import LEAD_WORDS, SEPARATOR, Papers, TopicDocument, load_pa
 from relattn.pplm import PPLMCost
 from relattn.relevance import EmbeddingRelevance, Relevance, SimilarityRelevance
 from relattn.selection import GRID, coverage_select
-from relattn.small_summarizer import TrainingPlan, train_summarizer
+from relattn.small_summarizer import TrainingPlan, new_summarizer, train_summarizer, word_tokenizer
 from relattn.steerer import Steerer
 from relattn.topic_scores import Score, choose, known_rouge1, mean, score
 from relattn.weights import RelAttnModule
@@ -65,7 +65,7 @@ class Plan:
     """
 
     training: TrainingPlan = field(default_factory=TrainingPlan)
-    validation_documents: int = 200
+    validation_documents: int = 150
     test_documents: int = 200
     pplm_documents: int = 60
     weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -131,21 +131,49 @@ OnEvent = Callable[[int, str, float], None]
 """Called with a seed, what it is doing, and the share of the whole that is done, 0 to 1."""
 
 
-def run_seed(seed: int, plan: Plan, on_event: OnEvent = lambda seed, stage, share: None) -> SeedResult:
-    """Train, choose settings, decode and score, for one seed."""
-    papers = load_papers()
+@dataclass(frozen=True)
+class Trained:
+    """A trained summarizer as plain arrays, to hand from process to process.
+
+    Attributes:
+        seed: Its seed.
+        loss: Mean training loss of the last 50 steps.
+        state: Its parameters.
+    """
+
+    seed: int
+    loss: float
+    state: dict[str, np.ndarray]
+
+
+def train_seed(seed: int, plan: Plan, on_event: OnEvent) -> Trained:
+    """Train one seed's summarizer."""
     losses: list[float] = []
 
     def on_step(step: int, loss: float) -> None:
         losses.append(loss)
         if step % 25 == 0:
-            on_event(seed, "training", 0.6 * step / plan.training.steps)
+            on_event(seed, "training", 0.5 * step / plan.training.steps)
 
-    model, tokenizer = train_summarizer(papers, plan.training, seed, on_step)
-    result = SeedResult(seed, loss=mean(losses[-50:]))
+    model, _ = train_summarizer(load_papers(), plan.training, seed, on_step)
+    return Trained(seed, mean(losses[-50:]), {name: t.numpy() for name, t in model.state_dict().items()})
+
+
+def measure_seed(trained: Trained, plan: Plan, on_event: OnEvent) -> SeedResult:
+    """Choose settings, decode and score, with one seed's summarizer."""
+    papers = load_papers()
+    tokenizer = word_tokenizer(papers.vocabulary)
+    model = new_summarizer(len(tokenizer), plan.training, trained.seed).eval()
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in trained.state.items()})
+    result = SeedResult(trained.seed, trained.loss)
     with _without_warnings():
         Experiment(model, tokenizer, papers, plan, result, on_event).run()
     return result
+
+
+def run_seed(seed: int, plan: Plan, on_event: OnEvent = lambda seed, stage, share: None) -> SeedResult:
+    """Train, choose settings, decode and score, for one seed."""
+    return measure_seed(train_seed(seed, plan, on_event), plan, on_event)
 
 
 @contextmanager
@@ -177,12 +205,12 @@ class Experiment:
 
     def run(self) -> None:
         """Choose on validation documents, then decode the test documents."""
-        self._say("choosing settings", 0.62)
+        self._say("choosing settings", 0.52)
         chosen = self.result.chosen = self._choose()
-        self._say("few-shot learning", 0.74)
+        self._say("few-shot learning", 0.66)
         module, score_gain = self._learn(chosen["relattn"][0])
         chosen["relattn-fewshot"] = score_gain
-        self._say("decoding", 0.78)
+        self._say("decoding", 0.7)
         self._decode_test(module)
         self._decode_hard()
         self._say("done", 1.0)
@@ -250,7 +278,7 @@ class Experiment:
         self._arm("boost", lambda: self._method("boost", documents, MethodSettings(boost=chosen["boost"])))
         pplm = MethodSettings(pplm={"step_size": chosen["pplm"]})
         self._arm("pplm", lambda: self._method("pplm", documents, pplm, self.result.pplm_cost))
-        self._say("decoding", 0.88)
+        self._say("decoding", 0.76)
         self._arm("relattn", lambda: self._steered(documents, weight, relevance))
         self._arm("relattn-paper", lambda: self._steered(documents, chosen["relattn-paper"], _embedding(1.0)))
         self._arm("oracle", lambda: self._steered(documents, chosen["oracle"], _oracle(documents)))
@@ -258,7 +286,7 @@ class Experiment:
             documents, weight, relevance, [d.control for d in others]))  # fmt: skip
         steerer = Steerer(self.model, self.tokenizer, module=module)
         self._arm("relattn-fewshot", lambda: self._texts(steerer, documents, None))
-        self._say("online selection", 0.9)
+        self._say("online selection", 0.78)
         self._online(relevance)
         (result,) = Steerer(self.model, self.tokenizer, relevance).relevance(
             [documents[0].text], [documents[0].control]
@@ -287,18 +315,18 @@ class Experiment:
         self._keep("relattn-coverage", covering)
 
     def _decode_hard(self) -> None:
-        """Control words from outside the lead only; weight and sharpness are chosen anew for them."""
+        """Control words from outside the lead only; the weight is chosen anew for them."""
         documents = self.hard_validation
         chosen = self.result.chosen
         chosen["boost-hard"] = self._chosen_boost(documents)
-        curve = {(t, w): self._score(documents, self._steered(documents, w, _embedding(t)))
-                 for t in self.plan.temperatures for w in self.plan.weights}  # fmt: skip
-        temperature, weight = chosen["relattn-hard"] = choose(curve)
+        relevance = _embedding(chosen["relattn"][0])
+        curve = {w: self._score(documents, self._steered(documents, w, relevance)) for w in self.plan.weights}
+        weight = chosen["relattn-hard"] = choose(curve)
         test = self.hard_test
         for arm, texts in (
             ("plain", self._method("plain", test)),
             ("boost", self._method("boost", test, MethodSettings(boost=chosen["boost-hard"]))),
-            ("relattn", self._steered(test, weight, _embedding(temperature))),
+            ("relattn", self._steered(test, weight, relevance)),
             ("oracle", self._steered(test, chosen["oracle"], _oracle(test))),
         ):
             self.result.hard[arm] = self._score(test, texts)

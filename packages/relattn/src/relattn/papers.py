@@ -99,7 +99,7 @@ def _paragraphs() -> list[list[list[str]]]:
 
 
 @cache
-def load_papers(vocabulary_size: int = 1200, split_seed: int = 2023) -> Papers:
+def load_papers(vocabulary_size: int = 1200, split_seed: int = 2024) -> Papers:
     """Read the papers, and split them by paper: 70 % train, 10 % validation, 20 % test.
 
     Args:

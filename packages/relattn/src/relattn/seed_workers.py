@@ -3,13 +3,13 @@
 import queue
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from relattn.experiments import OnEvent, Plan, SeedResult, run_seed
+from relattn.experiments import OnEvent, Plan, SeedResult, Trained, measure_seed, run_seed, train_seed
 
 _events: Any = None  # a worker's way to its parent
 
@@ -30,13 +30,17 @@ def run_seeds(seeds: Sequence[int], plan: Plan, on_event: OnEvent, workers: int 
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     events = context.Queue()
     with ProcessPoolExecutor(min(workers, len(seeds)), context, _start, (events,)) as pool:
-        futures = [pool.submit(_run, seed, plan) for seed in seeds]
-        while not all(future.done() for future in futures):
+        # Training and measuring are tasks of their own: three seeds keep two workers busy to the end.
+        training = {pool.submit(_train, seed, plan): seed for seed in seeds}
+        measuring: dict[int, Future[SeedResult]] = {}
+        while len(measuring) < len(seeds) or not all(future.done() for future in measuring.values()):
+            for future in [future for future in training if future.done()]:
+                measuring[training.pop(future)] = pool.submit(_measure, future.result(), plan)
             try:
                 on_event(*events.get(timeout=0.2))
             except queue.Empty:
                 continue
-        return [future.result() for future in futures]
+        return [measuring[seed].result() for seed in seeds]
 
 
 def _start(events: Any) -> None:
@@ -45,5 +49,9 @@ def _start(events: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _run(seed: int, plan: Plan) -> SeedResult:
-    return run_seed(seed, plan, lambda *event: _events.put(event))
+def _train(seed: int, plan: Plan) -> Trained:
+    return train_seed(seed, plan, lambda *event: _events.put(event))
+
+
+def _measure(trained: Trained, plan: Plan) -> SeedResult:
+    return measure_seed(trained, plan, lambda *event: _events.put(event))

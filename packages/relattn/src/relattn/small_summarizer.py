@@ -43,9 +43,9 @@ class TrainingPlan:
         width: Of the model.
     """
 
-    steps: int = 1500
+    steps: int = 1300
     batch: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 2.5e-3
     prefix_share: float = 0.1
     encoder_layers: int = 2
     decoder_layers: int = 2
@@ -66,12 +66,15 @@ def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def new_summarizer(vocabulary: int, plan: TrainingPlan, seed: int) -> BartForConditionalGeneration:
-    """A BART with random weights; the global random state is as before."""
+    """A BART with random weights; the global random state is as before.
+
+    No dropout: no document is seen twice in training, and it would take a third of the time.
+    """
     config = BartConfig(
         vocab_size=vocabulary, d_model=plan.width, encoder_layers=plan.encoder_layers,
         decoder_layers=plan.decoder_layers, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=2 * plan.width, decoder_ffn_dim=2 * plan.width, max_position_embeddings=64,
-        dropout=0.1, init_std=0.05, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+        dropout=0.0, init_std=0.05, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
         forced_eos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -90,13 +93,13 @@ def train_summarizer(
     Args:
         papers: Its training papers are read.
         plan: How to train.
-        seed: Of weights, documents and dropout. The same seed gives the same model on a CPU.
+        seed: Of weights and documents. The same seed gives the same model on a CPU.
         on_step: Called after each update with its number, from 1, and its loss.
     """
     tokenizer = word_tokenizer(papers.vocabulary)
     model = new_summarizer(len(tokenizer), plan, seed).train()
     batches = _Batches(papers, tokenizer, plan, np.random.default_rng([seed, 1]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.01, fused=True)
     loss = torch.tensor(torch.nan)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
