@@ -211,3 +211,23 @@ def test_skip_bad_keeps_the_other_rows(t5_folder, data, tmp_path, capsys):
     assert "line 11: is not JSON" in capsys.readouterr().err
     assert run(*arguments, "--skip-bad") == 0
     assert "warning: skipped:" in capsys.readouterr().err
+
+
+def test_eval_measures_bertscore_with_an_encoder_and_reports_pplms_cost(t5_folder, data, tmp_path, capsys):
+    from tiny_models import wordpiece_tokenizer
+    from transformers import BertConfig, BertModel
+
+    tokenizer = wordpiece_tokenizer()
+    encoder = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2,
+                                   num_attention_heads=2, intermediate_size=16))  # fmt: skip
+    for part in (encoder, tokenizer):
+        part.save_pretrained(tmp_path / "encoder")
+    arguments = ["eval", "--model", t5_folder, "--data", data, "--limit", 2, "--method", "pplm", *SHORT]
+    given = ["--bertscore", tmp_path / "encoder", "--bertscore-layer", 2]
+    assert run(*arguments, "--out", tmp_path / "e", *given) == 0
+    found = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert -1 <= found["metrics"]["bertscore"]["mean"] <= 1
+    passes = found["pplm_passes_of_this_run"]
+    assert passes["backward_passes"] == 3 * passes["steps"] > 0
+    assert run(*arguments, "--out", tmp_path / "f", "--bertscore", tmp_path / "nowhere") == 2
+    assert "--bertscore: cannot be loaded" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from relattn import metrics
 from relattn.examples import Example
 from relattn.metrics import (
+    bertscore_f1,
     bootstrap_interval,
     control_contrast,
     copied_fragments,
@@ -61,6 +62,13 @@ def test_contrast_is_zero_for_a_summary_that_serves_all_and_signed_otherwise():
     assert control_contrast(own, own, [own, other]) == pytest.approx(0.5)
     with pytest.raises(InputError, match="expected a reference of the same document"):
         control_contrast(own, own, [])
+
+
+def test_bertscore_is_the_pairs_own_entry():
+    def lengths(texts):
+        return np.array([[len(a) / len(b) for b in texts] for a in texts])
+
+    assert bertscore_f1("abcd", "ab", lengths) == 2.0
 
 
 def test_echoing_control_words_in_any_form_earns_nothing():

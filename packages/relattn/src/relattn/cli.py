@@ -198,6 +198,12 @@ def evaluate(
     max_source: MaxSource = None,
     batch_size: BatchSize = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples.")] = None,
+    bertscore: Annotated[
+        str | None, typer.Option(help="Encoder, directory or name, to measure BERTScore with.")
+    ] = None,
+    bertscore_layer: Annotated[
+        int, typer.Option(help="Its hidden state to compare; 17 is usual for roberta-large.")
+    ] = 17,
     device: Device = "auto",
     skip_bad: SkipBad = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUT holds.")] = False,
@@ -208,6 +214,7 @@ def evaluate(
     examples = _examples(data, format, split, articles, skip_bad)[:limit]
     steerer = _steerer(model, temperature, module, max_source, device)
     from relattn import evaluation, methods
+    from relattn.pplm import PPLMCost
 
     options = _generation(beams, max_tokens, min_tokens)
     settings = methods.MethodSettings(
@@ -217,13 +224,18 @@ def evaluate(
         "model": model, "method": method, "weight": weight, "temperature": temperature,
         "module": None if module is None else str(module), "generate": options, "max_source": max_source,
     }  # fmt: skip
+    if bertscore is not None:
+        recorded["bertscore"] = [bertscore, bertscore_layer]
+    score = _scores(bertscore, bertscore_layer)
+    cost = PPLMCost()
     out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("") as status:
         finished = evaluation.evaluate(
             examples,
-            lambda texts, controls: methods.summarize(method, steerer, texts, controls, settings),  # pyright: ignore[reportArgumentType]
+            lambda texts, controls: methods.summarize(method, steerer, texts, controls, settings, cost),  # pyright: ignore[reportArgumentType]
             out / "results.jsonl",
             recorded,
+            score=score,
             batch_size=batch_size,
             resume=resume,
             on_done=lambda done: status.update(f"{done} of {len(examples)} examples"),
@@ -233,6 +245,7 @@ def evaluate(
         "settings": recorded,
         "examples": len(finished),
         "seconds": sum(line.seconds for line in finished),
+        "pplm_passes_of_this_run": vars(cost) if method == "pplm" else None,
         "warnings": sum(bool(line.warnings) for line in finished),
         "metrics": {name: vars(interval) for name, interval in metrics.items()},
     })  # fmt: skip
@@ -372,6 +385,29 @@ def _examples(
         return readers.load_ctrlsum(data, split)
     load = {"jsonl": readers.load_jsonl, "csv": readers.load_csv, "newts": readers.load_newts}[form]
     return load(data, skip_bad=skip_bad)
+
+
+def _scores(encoder: str | None, layer: int) -> Any:
+    """What `eval` measures: all of `relattn.metrics`, and BERTScore where an encoder is given."""
+    from relattn.metrics import bertscore_f1, score_summary
+
+    if encoder is None:
+        return score_summary
+    from relattn.bertscore import BertScore
+
+    try:
+        scorer = BertScore.from_pretrained(encoder, layer)
+    except (OSError, KeyError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot be loaded: {first}", field="--bertscore", value=encoder) from error
+
+    def score(example: Example, summary: str) -> dict[str, float]:
+        found = score_summary(example, summary)
+        if example.summary is not None:
+            found["bertscore"] = bertscore_f1(summary, example.summary, scorer)
+        return found
+
+    return score
 
 
 def _steerer(

@@ -13,6 +13,9 @@ from relattn.metrics import Interval, score_summary, summarize_scores
 from shared_core import InputError
 from shared_core.files import write_bytes, write_json
 
+ScoreSummary = Callable[[Example, str], Mapping[str, float]]
+"""An example and its summary to metrics."""
+
 Summarize = Callable[[Sequence[str], Sequence[tuple[str, ...]]], Sequence[MethodSummary]]
 """Documents and controls to summaries, one a document."""
 
@@ -46,6 +49,7 @@ def evaluate(
     results: str | Path,
     settings: Mapping[str, Any],
     *,
+    score: ScoreSummary = score_summary,
     batch_size: int = 8,
     resume: bool = False,
     on_done: Callable[[int], None] | None = None,
@@ -58,6 +62,7 @@ def evaluate(
         results: A JSON Lines file. Beside it, NAME.settings.json records the settings.
         settings: What the summaries depend on: model, method, decoding. Resuming checks that they are the
             same.
+        score: What to measure; all of `relattn.metrics` by default.
         batch_size: Examples a call of `summarize`.
         resume: Keep what the file holds, by id, and do the rest.
         on_done: Called with the number of finished examples, after each batch.
@@ -78,7 +83,7 @@ def evaluate(
         on_done(len(examples) - len(todo))
     with file.open("a", encoding="utf-8") as lines:
         for start in range(0, len(todo), batch_size):
-            for finished in _batch(todo[start : start + batch_size], summarize):
+            for finished in _batch(todo[start : start + batch_size], summarize, score):
                 done[finished.id] = finished
                 lines.write(_line(finished))
             lines.flush()
@@ -141,11 +146,11 @@ def _line(finished: Finished) -> str:
     return json.dumps(vars(finished), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _batch(examples: Sequence[Example], summarize: Summarize) -> list[Finished]:
+def _batch(examples: Sequence[Example], summarize: Summarize, score: ScoreSummary) -> list[Finished]:
     begin = time.perf_counter()
     summaries = summarize([e.document for e in examples], [e.control for e in examples])
     seconds = (time.perf_counter() - begin) / len(examples)
     return [
-        Finished(e.id, e.document_id, s.text, s.weight, score_summary(e, s.text), seconds, s.warnings)
+        Finished(e.id, e.document_id, s.text, s.weight, dict(score(e, s.text)), seconds, s.warnings)
         for e, s in zip(examples, summaries, strict=True)
     ]

@@ -13,13 +13,13 @@ from numpy import ndarray
 from relattn.controls import occurs_in
 from relattn.examples import Example
 from relattn.rouge import rouge_f1, rouge_n, stems
-from relattn.selection import distinct_word_ratio
+from relattn.selection import PairwiseSimilarity, distinct_word_ratio
 from relattn.sentences import sentences
 from shared_core import InputError
 
 METRICS = (
     "rouge1", "rouge2", "rougeL", "rougeLsum", "rouge1_without_control", "control_contrast", "success",
-    "mentions", "distinct_words", "copy_coverage", "copy_density", "words",
+    "mentions", "distinct_words", "copy_coverage", "copy_density", "words", "bertscore",
 )  # fmt: skip
 
 
@@ -41,6 +41,11 @@ def score_summary(example: Example, summary: str) -> dict[str, float]:
         "copy_density": density,
         "words": float(len(summary.split())),
     }
+
+
+def bertscore_f1(summary: str, reference: str, scorer: PairwiseSimilarity) -> float:
+    """BERTScore F1 of a summary with its reference, by a `relattn.bertscore.BertScore`."""
+    return float(scorer([summary, reference])[0, 1])
 
 
 def success_rate(summary: str, control: Sequence[str]) -> float:
