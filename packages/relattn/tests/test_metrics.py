@@ -133,6 +133,12 @@ def test_the_interval_draws_documents_and_not_examples():
     assert many.low < many.mean < many.high
 
 
+def test_a_drawn_document_weighs_as_many_examples_as_it_has():
+    # draws of two documents: aa 1, ab and ba (3 x 1 + 0) / 4, bb 0: the median is 3/4, not the documents' mean 1/2
+    found = bootstrap_interval([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"], level=0.01)
+    assert (found.low, found.mean, found.high) == (0.75, 0.75, 0.75)
+
+
 def test_the_interval_covers_the_true_mean_about_95_times_in_100():
     generator = np.random.default_rng(1)
     documents = np.repeat(np.arange(40), 3).astype(str).tolist()
