@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,12 +32,13 @@ FORMAT = "csq"
 VERSION = 1
 
 
-def save(final: nn.Module, path: str | os.PathLike[str]) -> int:
+def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> int:
     """Write a hardened model; the file appears, or replaces an older one, only when it is whole.
 
     Args:
         final: what `csq.harden` or `csq.load` returned. Its weights must still be those.
         path: the file, by custom `.safetensors`.
+        notes: plain values to keep in the file, such as the model's name; `read_notes` gives them back.
 
     Returns:
         The file's bytes.
@@ -61,6 +63,8 @@ def save(final: nn.Module, path: str | os.PathLike[str]) -> int:
     tensors["csq.steps"] = torch.tensor([layer.step for layer in scheme.layers], dtype=torch.float32)
     tensors["csq.masks"] = torch.tensor([layer.mask for layer in scheme.layers], dtype=torch.uint8)
     description = {"version": VERSION, "layers": table, "shared": shared}
+    if notes:
+        description["notes"] = dict(notes)
     # One entry: safetensors writes several in no fixed order, and equal models shall make equal files.
     metadata = {FORMAT: json.dumps(description, separators=(",", ":"))}
     with atomic_path(path) as temporary:
@@ -108,6 +112,11 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     return model
 
 
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The notes that a file was saved with; empty where there were none. Errors as for `load`."""
+    return dict(_describe(path).get("notes", {}))
+
+
 def _check_unchanged(scheme: Report, state: dict[str, Tensor]) -> None:
     for layer in scheme.layers:
         for key in layer.tensors:
@@ -134,25 +143,32 @@ def _without_copies(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return kept, shared
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the metadata says, of a file whose format this version reads."""
     if not Path(path).is_file():
         raise InputError("there is no such file", file=path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if FORMAT not in metadata:
-                raise InputError("is no file of csq.save", file=path)
-            description = json.loads(metadata[FORMAT])
-            if description.get("version") != VERSION:
-                raise InputError(
-                    f"expected format version {VERSION}; a newer csq-quant may read it",
-                    file=path,
-                    field="version",
-                    value=description.get("version"),
-                )
-            return {key: file.get_tensor(key) for key in file.keys()}, description  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise InputError(f"is no whole safetensors file: {error}", file=path) from error
+    if FORMAT not in metadata:
+        raise InputError("is no file of csq.save", file=path)
+    description = json.loads(metadata[FORMAT])
+    if description.get("version") != VERSION:
+        raise InputError(
+            f"expected format version {VERSION}; a newer csq-quant may read it",
+            file=path,
+            field="version",
+            value=description.get("version"),
+        )
+    return description
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    description = _describe(path)
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, description  # noqa: SIM118 (no dict)
 
 
 def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,7 @@ installs the kept plans again and then loads the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -337,7 +337,7 @@ class Method:
         if abs(total - 1) > 1e-9:
             raise InputError("expected shares that sum to 1", field="stages", value=total)
 
-    def harden(self, model: nn.Module, batches: list[Tensor] | None) -> nn.Module:
+    def harden(self, model: nn.Module, batches: Iterable[Tensor] | None) -> nn.Module:
         """Return plain modules with the final weights, BatchNorm estimated anew on the batches.
 
         CSQ's come as a copy, the others' in place.

@@ -163,6 +163,7 @@ def train(
     start: Checkpoint | None = None,
     stages: int | None = None,
     progress: Callable[[int, float], None] | None = None,
+    record: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trained:
     """Train a classifier in place, on the device that it is on.
 
@@ -176,6 +177,7 @@ def train(
         start: The end of another run's stages, which this method's begin with: they are not run again.
         stages: Run only so many of the method's stages.
         progress: Called after each step with the number of steps done and the loss.
+        record: Called with each new entry of the history.
 
     Raises:
         TrainingDiverged: The loss or a parameter is not finite; the folder keeps the last checkpoint.
@@ -184,7 +186,7 @@ def train(
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices):
         torch.manual_seed(recipe.seed)
-        run = _Run(model, method, data, recipe, folder)
+        run = _Run(model, method, data, recipe, folder, record)
         if resume and folder is not None and (folder / CHECKPOINT).exists():
             kept = read_checkpoint(folder / CHECKPOINT)
             _check_same(kept.fingerprint, run.fingerprint, folder / CHECKPOINT)
@@ -201,8 +203,15 @@ def train(
 
 class _Run:
     def __init__(
-        self, model: nn.Module, method: Method, data: ImageData, recipe: Recipe, folder: Path | None
+        self,
+        model: nn.Module,
+        method: Method,
+        data: ImageData,
+        recipe: Recipe,
+        folder: Path | None,
+        told: Callable[[dict[str, Any]], None] | None,
     ) -> None:
+        self.told = told
         self.model, self.method, self.data, self.recipe, self.folder = model, method, data, recipe, folder
         self.device = next(model.parameters()).device
         self.ends = stage_ends(method, recipe.steps)
@@ -296,6 +305,8 @@ class _Run:
         if evaluate:
             record["validation"] = top1(self.model, self.data, self.data.validation)
         self.history.append(record | self.hooks.record())
+        if self.told is not None:
+            self.told(self.history[-1])
 
     def _batch(self) -> tuple[Float[Tensor, "batch channels h w"], Int[Tensor, " batch"]]:
         recipe, split = self.recipe, self.data.train
