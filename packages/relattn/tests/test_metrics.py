@@ -134,7 +134,7 @@ def test_the_interval_draws_documents_and_not_examples():
 
 
 def test_a_drawn_document_weighs_as_many_examples_as_it_has():
-    # draws of two documents: aa 1, ab and ba (3 x 1 + 0) / 4, bb 0: the median is 3/4, not the documents' mean 1/2
+    # draws of two documents: aa gives 1, ab and ba (3 x 1 + 0) / 4, bb 0. The median is 3/4, not 1/2.
     found = bootstrap_interval([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"], level=0.01)
     assert (found.low, found.mean, found.high) == (0.75, 0.75, 0.75)
 
