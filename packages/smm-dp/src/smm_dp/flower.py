@@ -85,13 +85,12 @@ def smm_mod(msg: Message, ctx: "Context", call_next: Callable[[Message, "Context
     """Flower client mod: answers the four stages, and trains through `call_next` in the third.
 
     The train function receives arrays and config as ever and returns the new arrays; only the masked, noisy,
-    clipped change leaves the client. Its metrics are dropped: they would bypass the mechanism. Messages of
-    other types, such as evaluation, pass through.
+    clipped change leaves the client. Its metrics are dropped: they would bypass the mechanism. A client whose
+    training fails or gives no finite change sends noise around zero, as if it had not changed the model: that
+    it failed is private too, and its own log says why. Messages of other types, such as evaluation, pass.
 
     Raises:
         InputError: The server asks for training without secure aggregation: nothing is trained or sent.
-        RuntimeError: Training or encoding failed. The text, which Flower sends to the server, does not say
-            why, since reasons quote values; the client's log does.
     """
     if _RECORD not in msg.content:
         if msg.metadata.message_type.split(".")[0] != MessageType.TRAIN:
@@ -118,8 +117,9 @@ def smm_mod(msg: Message, ctx: "Context", call_next: Callable[[Message, "Context
             try:
                 residues = _train_and_encode(msg, ctx, call_next, order, name)
             except Exception:
-                _log.exception("client %s takes no part in round %s", name, plan.round_id)
-                raise RuntimeError("this client takes no part in the round: its own log says why") from None
+                # Whether it worked depends on private data: to drop out here would be a release of its own.
+                _log.exception("client %s sends noise around zero in round %s", name, plan.round_id)
+                residues = _encode_zero(order, name)
             shares = {n: bytes.fromhex(share) for n, share in order["shares"].items()}
             answer = {"packed": person.masked(residues, shares).hex()}
         elif stage == "unmasking":
@@ -153,17 +153,26 @@ def _unmasking(name: str, answer: dict[str, Any]) -> Unmasking:
 def _train_and_encode(
     msg: Message, ctx: "Context", call_next: Callable[[Message, "Context"], Message], order: dict, name: str
 ) -> np.ndarray:
-    mechanism = SkellamMixture(**order["mechanism"])
-    if not mechanism.mu_total > 0:
-        raise InputError("the server asks for an encoding without noise", field="mu_total", value=0)
     if order["noise_only"]:
-        return mechanism.encode(np.zeros(mechanism.dim), participant=f"client {name}")
+        return _encode_zero(order, name)
     before = flatten(next(iter(msg.content.array_records.values())))
     reply = call_next(msg, ctx)
     if reply.has_error():
         raise RuntimeError(f"training failed: {reply.error.reason}")
     after = flatten(next(iter(reply.content.array_records.values())))
-    return mechanism.encode(after - before, participant=f"client {name}")
+    return _mechanism(order).encode(after - before, participant=f"client {name}")
+
+
+def _encode_zero(order: dict, name: str) -> np.ndarray:
+    mechanism = _mechanism(order)
+    return mechanism.encode(np.zeros(mechanism.dim), participant=f"client {name}")
+
+
+def _mechanism(order: dict) -> SkellamMixture:
+    mechanism = SkellamMixture(**order["mechanism"])
+    if not mechanism.mu_total > 0:
+        raise InputError("the server asks for an encoding without noise", field="mu_total", value=0)
+    return mechanism
 
 
 class SkellamMixtureStrategy(Strategy):
@@ -281,7 +290,7 @@ class SkellamMixtureStrategy(Strategy):
         if self._server is None:
             return None, None
         sources = [message for message in replies if not message.has_error()]
-        answers = {str(message.metadata.src_node_id): _unpack(message.content) for message in sources}
+        answers = {str(message.metadata.src_node_id): message.content for message in sources}
         receive = self._aggregator.receive_unmasking
         self._take("unmasking", answers, lambda name, answer: receive(_unmasking(name, answer)))
         try:
@@ -326,11 +335,11 @@ class SkellamMixtureStrategy(Strategy):
         return sampled, sorted([*sampled, *spare])
 
     @staticmethod
-    def _take(stage: str, answers: dict[str, Any], receive: Callable[[str, Any], None]) -> None:
+    def _take(stage: str, answers: dict[str, RecordDict], receive: Callable[[str, Any], None]) -> None:
         """Hand the server each answer; one that it cannot read counts as none."""
         for name, answer in answers.items():
             try:
-                receive(name, answer)
+                receive(name, _unpack(answer))
             except (AttributeError, LookupError, TypeError, ValueError) as error:
                 warnings.warn(
                     f"client {name} counts as dropped out, its answer to {stage!r} is malformed: {error}",
@@ -392,7 +401,7 @@ class SkellamMixtureStrategy(Strategy):
         nodes: list[int],
         order: Callable[[str], dict],
         records: dict | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, RecordDict]:
         """Send a stage to clients; return the answers of those who gave one, the others dropped out."""
         replies = grid.send_and_receive(self._messages(stage, nodes, order, records), timeout=self.timeout)
-        return {str(r.metadata.src_node_id): _unpack(r.content) for r in replies if not r.has_error()}
+        return {str(r.metadata.src_node_id): r.content for r in replies if not r.has_error()}
