@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import csq
 from csq.functional import GradientBuffers, bit_weight, naive_bit_weight, plane_sum
 
 
@@ -156,3 +157,28 @@ class TestGradientBuffers:
         soft = plane_sum(once[0], once[1], torch.sigmoid(once[2]), once[3], 2.0)
         (soft.square().sum() + soft.sum()).backward()
         torch.testing.assert_close(found, once[0].grad)
+
+
+def test_gates_that_are_not_contiguous_have_the_same_gradients():
+    generator = torch.Generator().manual_seed(3)
+    gates = [torch.randn(3, 8, 4, generator=generator).transpose(1, 2) for _ in range(2)]
+    mask, scale = torch.randn(3, generator=generator), torch.tensor(0.7)
+    found = []
+    for function in (bit_weight, naive_bit_weight):
+        leaves = [value.detach().requires_grad_() for value in (*gates, mask, scale)]
+        assert not leaves[0].is_contiguous()
+        function(*leaves, torch.tensor(2.0)).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_parametrized_convolution_may_be_moved_to_channels_last():
+    model = csq.parametrize(torch.nn.Conv2d(2, 3, 3))
+    before = model.weight.detach().clone()
+    model.to(memory_format=torch.channels_last)
+    assert torch.equal(model.weight, before)
+    model(torch.randn(1, 2, 5, 5)).sum().backward()
+    planes = next(iter(csq.bit_layers(model).values()))
+    assert planes.positive.is_contiguous()
+    assert torch.isfinite(planes.positive.grad).all()

@@ -245,9 +245,10 @@ def _parametrized(model: nn.Module):
 def test_bsq_trains_on_where_its_search_has_emptied_a_layer() -> None:
     stages = (Stage("float", 0.3), BsqStage("bsq", 0.4, alpha=100.0), METHODS["bsq"].stages[2])
     method = Method("bsq", (*stages[:2], replace(stages[2], share=0.3)))
-    model = train(small_model(), method, stripes(), Recipe(20, batch_size=10, lr=0.1)).model
-    report = rivals.harden(model).report
-    assert not any(bool(layer.codes.any()) for layer in report.layers[:1])
+    trained = train(small_model(), method, stripes(), Recipe(20, batch_size=10, lr=0.1))
+    assert trained.checkpoint.plans[-1]["emptied"] == ["0", "4", "8"]
+    report = rivals.harden(trained.model).report
+    assert all(bool(layer.codes.any()) for layer in report.layers)  # finetuning grew weights again
 
 
 def test_bsqs_regularizer_prunes_bits_and_more_of_it_prunes_more() -> None:

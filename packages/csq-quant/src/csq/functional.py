@@ -142,7 +142,7 @@ class _PlaneSum(torch.autograd.Function):
         inner = torch.zeros_like(gates)  # Σ_i (p_i - q_i) G_i of each plane
         kernel = kernels.backward(ctx.compiled)
         for part in _parts(ctx.live, upstream.numel(), ctx.compiled):
-            into = _rows(d_positive, part), _rows(d_negative, part)
+            into = _written(d_positive, part), _written(d_negative, part)
             rows = _rows(positive, part), _rows(negative, part)
             kernel(*rows, factors[part], temperature, upstream, *into, inner[part])
         for dead in set(range(n)) - set(ctx.live):
@@ -168,7 +168,7 @@ class GradientBuffers:
         for storage, own_uses in self._kept:
             if storage.nbytes() == like.nbytes and _uses(storage) == own_uses:
                 return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape, like.stride())  # pyright: ignore[reportArgumentType, reportCallIssue]
-        made = torch.empty_like(like)
+        made = torch.empty_like(like, memory_format=torch.contiguous_format)
         if len(self._kept) < 2:  # one for each sign; more are asked for where gradients are accumulated
             storage = made.untyped_storage()
             self._kept.append((storage, _uses(storage) - 1))
@@ -185,7 +185,7 @@ def _uses(storage: torch.UntypedStorage) -> int:
 def _empty(buffers: GradientBuffers | None, like: Tensor) -> Tensor:
     on_cpu = like.device.type == "cpu" and not torch.compiler.is_compiling()
     if buffers is None or not on_cpu or not like.is_contiguous():
-        return torch.empty_like(like)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
     return buffers.empty(like)
 
 
@@ -201,6 +201,12 @@ def step_size(scale: Float[Tensor, ""], planes: int) -> Float[Tensor, ""]:
 
 def _rows(planes: Tensor, part: slice) -> Tensor:
     return planes[part].flatten(1) if planes.dim() > 1 else planes[part].unsqueeze(1)
+
+
+def _written(planes: Tensor, part: slice) -> Tensor:
+    """A view to write through: it raises where `flatten` would give a copy."""
+    chosen = planes[part]
+    return chosen.view(len(chosen), -1)
 
 
 def _parts(live: tuple[int, ...], weights: int, compiled: bool) -> Iterator[slice]:

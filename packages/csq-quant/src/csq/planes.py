@@ -190,7 +190,8 @@ class BitPlanes(nn.Module):
         """Move; of a change of dtype only take note, for the weight that is returned."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
+            # As one row: planes of a convolution have five dimensions, which channels_last does not know.
+            moved = fn(tensor.reshape(-1)).view(tensor.shape)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         if fn(torch.empty(0, dtype=self.dtype, device=self.mask.device)).is_floating_point():
