@@ -43,7 +43,7 @@ def patient_of(name: str) -> str:
     return barcode.group()[:12] if barcode else Path(name).stem
 
 
-def find_slides(folder: str | os.PathLike[str]) -> list[Path]:
+def find_slides(folder: str | os.PathLike[str], suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
     """All slide files under a folder, sorted by path. A file that is given is taken as it is.
 
     Raises:
@@ -57,15 +57,20 @@ def find_slides(folder: str | os.PathLike[str]) -> list[Path]:
     found = sorted(
         path
         for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
     )
     if not found:
-        raise InputError(f"has no slide ({', '.join(sorted(SUFFIXES))})", file=root)
+        raise InputError(
+            f"has no {'slide' if suffixes is SUFFIXES else 'file'} ({', '.join(sorted(suffixes))})", file=root
+        )
     return found
 
 
 def read_labels(
-    table: str | os.PathLike[str], folder: str | os.PathLike[str], known: Sequence[str] | None = None
+    table: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    known: Sequence[str] | None = None,
+    suffixes: frozenset[str] = SUFFIXES,
 ) -> list[SlideRecord]:
     """Read a CSV with the columns `WSI_path,label` (and, where there is one, `patient`, `split`).
 
@@ -75,13 +80,15 @@ def read_labels(
         table: The CSV file.
         folder: Where the slides are.
         known: The labels that may occur; any where None.
+        suffixes: Of the files in `folder`; with other ones than slides' (features, predictions) rows still
+            name slides, and files are called like them.
 
     Raises:
         InputError: A column is missing; or rows name slides that are not there, slides twice, no label or
             an unknown one, or slides of the folder have no row. All such problems are in the one message.
     """
     rows = _rows(table)
-    slides = find_slides(folder)
+    slides = find_slides(folder, suffixes)
     by_name: dict[str, list[Path]] = {}
     for path in slides:
         relative = path.relative_to(folder) if Path(folder).is_dir() else Path(path.name)
@@ -94,6 +101,8 @@ def read_labels(
     for line, row in enumerate(rows, start=2):
         name, label = (row["WSI_path"] or "").strip(), (row["label"] or "").strip()
         matches = by_name.get(name, [])
+        if not matches and suffixes is not SUFFIXES:
+            matches = by_name.get(str(Path(name).with_suffix("")), []) or by_name.get(Path(name).stem, [])
         if len(matches) != 1:
             problems.append(
                 f"line {line}: {'several slides are' if matches else 'there is no slide'} {name!r}"

@@ -160,6 +160,10 @@ class RLogist:
         self.rho, self.seed = rho, seed
         self.classes = list(classes) if classes is not None else []
         self.architecture = architecture
+        self.fingerprint: str | None = None
+        """The encoder's whose features this was trained on; None where it is not known."""
+        self.opening: dict[str, float] = {}
+        """`scan_mpp`, `deep_mpp` and `patch` of the training slides, as arguments of `Slide`."""
         self.networks: nn.ModuleDict | None = None
 
     @property
@@ -172,12 +176,33 @@ class RLogist:
     @property
     def modules(self) -> Modules:
         """f_local, f_global and classifier."""
-        return self._trained("modules")
+        return self._trained("reading")
 
     @property
     def policy(self) -> Policy:
         """The scorer of regions."""
         return self._trained("policy")
+
+    @property
+    def critic(self) -> Critic:
+        """The value of states, which only training needs."""
+        return self._trained("critic")
+
+    def begin(self, bags: Sequence[Bag]) -> None:
+        """Make fresh networks for these training slides, whose features set the standardization."""
+        dim, count = check_bags(bags)
+        if self.classes and len(self.classes) != count:
+            raise InputError(f"expected {count} names", field="classes", value=self.classes)
+        self.classes = self.classes or [str(index) for index in range(count)]
+        self.architecture = replace(self.architecture or Architecture(dim), dim=dim, classes=count)
+        self.networks = _networks(self.architecture, self.seed)
+        fit_scale(self.modules, bags)
+
+    def fresh_policy(self) -> None:
+        """Begin reinforcement anew: policy and critic as `begin` made them."""
+        networks = self._trained_networks()
+        made = _networks(self.modules.architecture, self.seed)
+        networks["policy"], networks["critic"] = made["policy"], made["critic"]
 
     def fit(
         self,
@@ -204,20 +229,14 @@ class RLogist:
         Raises:
             InputError: Bags do not fit together, patients on both sides, or a checkpoint that does not fit.
         """
-        dim, count = check_bags(bags)
-        if validation:
-            check_bags(validation, count)
         _check_patients(bags, validation)
-        if self.classes and len(self.classes) != count:
-            raise InputError(f"expected {count} names", field="classes", value=self.classes)
-        self.classes = self.classes or [str(index) for index in range(count)]
-        self.architecture = replace(self.architecture or Architecture(dim), dim=dim, classes=count)
-        self.networks = _networks(self.architecture, self.seed)
+        self.begin(bags)
+        if validation:
+            check_bags(validation, len(self.classes))
         staged = staged or StagedSettings()
         ppo = ppo or PPOSettings(discount=default_discount(self.reward))
-        fit_scale(self.modules, bags)
         run_stages(
-            self.networks,
+            self._trained_networks(),
             self._stages(bags, validation, staged, ppo),
             settings={
                 **self._config(),
@@ -229,7 +248,7 @@ class RLogist:
             resume=resume,
             on_epoch=on_epoch,
         )
-        self.networks.eval()
+        self._trained_networks().eval()
         return self
 
     def predict(
@@ -303,7 +322,7 @@ class RLogist:
         model = cls(extractor or name, architecture=architecture, **own)
         if fingerprint is not None and (extractor is not None or name == "stain"):
             _check_fingerprint(model.extractor, name, fingerprint, path)
-        model._fingerprint = fingerprint
+        model.fingerprint, model.opening = fingerprint, config.get("opening", {})
         model.networks = _networks(architecture, model.seed)
         weights = Path(folder) / "model.safetensors"
         try:
@@ -313,16 +332,15 @@ class RLogist:
         model.networks.eval()
         return model
 
-    _fingerprint: str | None = None
-
     def _config(self) -> dict[str, Any]:
         name = self._extractor if isinstance(self._extractor, str) else self._extractor.name
-        known = self._fingerprint
+        known = self.fingerprint
         if known is None and not isinstance(self._extractor, str):
             known = self._extractor.fingerprint
         return {
             "extractor": name,
             "fingerprint": known,
+            "opening": self.opening,
             "architecture": (self.architecture or Architecture(1)).to_dict(),
             "update": self.update,
             "rho": self.rho,
@@ -346,7 +364,7 @@ class RLogist:
                 update=self.update,
                 seed=seed,
             )
-            return PPO(env, self.policy, self._trained("critic"), ppo, seed)
+            return PPO(env, self.policy, self.critic, ppo, seed)
 
         return [
             lambda: FullObservation(modules, bags, validation, staged, seed),
@@ -361,8 +379,8 @@ class RLogist:
             return CachedSource(slide)
         if not isinstance(slide, Slide):
             return slide
-        if self._fingerprint is not None:
-            _check_fingerprint(self.extractor, self.extractor.name, self._fingerprint, None)
+        if self.fingerprint is not None:
+            _check_fingerprint(self.extractor, self.extractor.name, self.fingerprint, None)
         return SlideSource(slide, self.extractor)
 
     def _answer(
@@ -430,7 +448,7 @@ def _networks(architecture: Architecture, seed: int) -> nn.ModuleDict:
     with seeded(generator):
         return nn.ModuleDict(
             {
-                "modules": Modules(a),
+                "reading": Modules(a),
                 "policy": Policy(a.dim, a.policy_hidden),
                 "critic": Critic(a.dim, a.policy_hidden),
             }

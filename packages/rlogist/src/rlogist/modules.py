@@ -229,8 +229,11 @@ class Architecture:
         pooling: Of f_local.
         dropout: Of the classifier.
         policy_hidden: Of policy and critic.
-        center: Whether the mean of a slide's scan features is taken from all its features, scan and deep,
-            which removes much of its stain. It needs no deep pixel. Not in the paper.
+        center: Whether the mean of a slide's scan features is taken from all its features, scan and
+            deep, which removes much of its stain. It needs no deep pixel. Not in the paper.
+        whiten: 0 standardizes each feature by itself; above 0 also turns correlated features into
+            uncorrelated ones of unit variance, this much added to each variance first. Not in the paper;
+            for features as correlated as statistics of colour are.
     """
 
     dim: int
@@ -242,8 +245,11 @@ class Architecture:
     dropout: float = 0.25
     policy_hidden: int = 64
     center: bool = True
+    whiten: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.whiten >= 0:
+            raise InputError("expected 0 or more", field="whiten", value=self.whiten)
         if self.dim < 1 or self.classes < 2:
             raise InputError(f"expected dim >= 1 and classes >= 2, got {self.dim} and {self.classes}")
         for name, kind in (("attention", Attention), ("pooling", Pooling)):
@@ -261,7 +267,8 @@ class Modules(nn.Module):
     """Everything that turns pixels' features into states and states into a slide's class.
 
     Features are standardized first: less the slide's scan mean (`Architecture.center`), then by the training
-    slides' mean and spread of deep features. It is the same affine map for a slide's scan and deep features.
+    slides' mean and spread (or covariance) of deep features. It is the same affine map for a slide's scan and
+    deep features.
 
     Args:
         architecture: Sizes and forms.
@@ -269,7 +276,7 @@ class Modules(nn.Module):
     """
 
     mean: Tensor
-    scale: Tensor
+    transform: Tensor
 
     def __init__(self, architecture: Architecture, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -279,7 +286,7 @@ class Modules(nn.Module):
             self.f_global = GlobalUpdate(a.dim)
             self.classifier = Classifier(a.dim, a.classes, a.width, a.hidden, a.attention, a.dropout)
         self.register_buffer("mean", torch.zeros(a.dim))
-        self.register_buffer("scale", torch.ones(a.dim))
+        self.register_buffer("transform", torch.eye(a.dim))
 
     def centre(self, scan: Float[Tensor, "regions dim"]) -> Float[Tensor, " dim"]:
         """What is taken from all features of a slide: the mean of its scan, or nothing."""
@@ -294,7 +301,7 @@ class Modules(nn.Module):
             features: Scan or deep features.
             centre: The slide's `centre`.
         """
-        return (features - centre - self.mean) / self.scale
+        return (features - centre - self.mean) @ self.transform
 
 
 @contextmanager

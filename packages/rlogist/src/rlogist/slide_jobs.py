@@ -149,7 +149,7 @@ def _made_alike(target: Path, slide: Slide, extractor: Extractor, deep: bool) ->
 
 
 def run_folder(
-    work: Callable[[Job], dict[str, object]],
+    work: Callable[[Any], dict[str, object]],
     slides: Path,
     out: Path,
     opening: Opening,
@@ -157,6 +157,7 @@ def run_folder(
     jobs: int = 1,
     backend: Literal["process", "ray"] = "process",
     progress: Callable[[int, int], None] | None = None,
+    job: Callable[[Path, Path, Opening, Encoding | None], Job] = Job,
 ) -> tuple[list[Path], list[Done]]:
     """Do the same with a slide or all slides under a folder; results mirror the folder's structure in `out`.
 
@@ -174,7 +175,7 @@ def run_folder(
     names = [path.relative_to(root).with_suffix("") for path in paths]
     if len(set(names)) < len(names):  # a.svs beside a.tif
         names = [path.relative_to(root) for path in paths]
-    tasks = [Job(path, out / name, opening, encoding) for path, name in zip(paths, names, strict=True)]
+    tasks = [job(path, out / name, opening, encoding) for path, name in zip(paths, names, strict=True)]
     done = run_all(work, tasks, jobs=jobs, backend=backend, progress=progress)
     files.write_text(out / "slides.csv", _table(paths, done))
     return paths, done

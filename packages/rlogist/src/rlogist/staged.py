@@ -7,7 +7,7 @@ number, so an interrupted run goes on to the same bits.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -33,6 +33,8 @@ class StagedSettings:
         weight_decay: Of stage A.
         batch: Slides a step.
         instance_weight: Share of the instance loss beside cross-entropy; 0 leaves it out.
+        keep: Share of a slide's regions that a step of stage A sees, drawn anew each time; below 1 it keeps
+            few slides from being learned by heart.
         instances: Regions with the most and the least attention that the instance loss takes (k_sample).
         track_from: First epoch whose validation loss counts.
         min_epochs: No early stop before.
@@ -51,6 +53,7 @@ class StagedSettings:
     weight_decay: float = 1e-5
     batch: int = 1
     instance_weight: float = 0.3
+    keep: float = 1.0
     instances: int = 8
     track_from: int = 20
     min_epochs: int = 100
@@ -104,8 +107,14 @@ class Stage(Protocol):
 def fit_scale(modules: Modules, bags: Sequence[Bag]) -> None:
     """Set the modules' standardization by the deep features of training slides."""
     rows = torch.cat([(bag.deep - modules.centre(bag.scan)).flatten(0, 1) for bag in bags]).double()
-    modules.mean.copy_(rows.mean(0))
-    modules.scale.copy_(rows.std(0).clamp_min(1e-6))
+    mean, scale = rows.mean(0), rows.std(0).clamp_min(1e-6)
+    transform = torch.diag(1 / scale)
+    if modules.architecture.whiten:
+        unit = (rows - mean) / scale
+        variance, axes = torch.linalg.eigh(unit.T @ unit / len(unit))
+        transform = transform @ (axes * (variance + modules.architecture.whiten).rsqrt())
+    modules.mean.copy_(mean)
+    modules.transform.copy_(transform)
 
 
 class FullObservation:
@@ -160,7 +169,7 @@ class FullObservation:
         generator, losses = derived_generator(self.seed, 1, self.done), []
         with seeded(generator):
             for batch in _balanced(self.bags, self.settings.batch, generator):
-                loss = self._loss(batch)
+                loss = self._loss([_some_regions(bag, self.settings.keep, generator) for bag in batch])
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimizer.step()
@@ -511,6 +520,13 @@ def _balanced(bags: Sequence[Bag], size: int, generator: torch.Generator) -> Ite
     drawn = torch.multinomial(weights, len(bags), replacement=True, generator=generator)
     for start in range(0, len(bags), size):
         yield [bags[int(index)] for index in drawn[start : start + size]]
+
+
+def _some_regions(bag: Bag, keep: float, generator: torch.Generator) -> Bag:
+    if keep >= 1:
+        return bag
+    rows = torch.randperm(len(bag), generator=generator)[: max(1, round(keep * len(bag)))]
+    return replace(bag, scan=bag.scan[rows], deep=bag.deep[rows])
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Int64[Tensor, " batch"]]:

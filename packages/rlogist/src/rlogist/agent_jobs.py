@@ -1,0 +1,169 @@
+"""What the command does with a model: train from feature files, read a folder of slides, judge, report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlogist.annotations import read_annotations
+from rlogist.evaluate import accuracy, auc, auc_interval, f1, hit_rate
+from rlogist.features import read_features
+from rlogist.layouts import SlideRecord, read_labels, split_patients
+from rlogist.model import Reading, RLogist
+from rlogist.report import write_report
+from rlogist.slide_jobs import Job
+from rlogist.sources import Bag, bag_of
+from shared_core import InputError, files
+
+
+@dataclass(frozen=True)
+class AgentJob(Job):
+    """One slide to read with a model."""
+
+    model: Path = Path()
+    rho: float | None = None
+    strategy: Reading = "policy"
+    report: bool = False
+
+
+_loaded: dict[Path, RLogist] = {}
+
+
+def load_model(folder: Path) -> RLogist:
+    """The model; loaded once in each process."""
+    if folder not in _loaded:
+        _loaded[folder] = RLogist.from_pretrained(folder)
+    return _loaded[folder]
+
+
+def predict_slide(job: AgentJob) -> dict[str, object]:
+    """Read one slide and write NAME.json; with `report` NAME.html and NAME.geojson too."""
+    model = load_model(job.model)
+    with job.opening.open(job.slide) as slide:
+        found = model.predict(slide, rho=job.rho, strategy=job.strategy)
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        corners = [slide.regions.xy[look.region].tolist() for look in found.path]
+        stored = {**found.to_dict(), "path_xy": corners, "footprint": slide.geometry.scan.footprint}
+        files.write_json(job.out.with_name(job.out.name + ".json"), stored)
+        if job.report:
+            write_report(job.out.with_name(job.out.name + ".html"), slide, found)
+        status = "no tissue" if found.status == "no tissue" else f"{found.label} {max(found.probability):.3f}"
+        return {
+            "status": f"{status}, {found.looks} looks, {found.seconds:.2f} s",
+            "regions": found.regions,
+            "messages": [*slide.messages, *slide.unreadable.values()],
+        }
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Training material: bags, records in the same order, names of classes, what the files say they are."""
+
+    bags: list[Bag]
+    records: list[SlideRecord]
+    classes: list[str]
+    attributes: dict[str, Any]
+
+
+def labelled_bags(folder: Path, table: Path) -> Labelled:
+    """Feature files and their labels.
+
+    Raises:
+        InputError: As `read_labels`; or features without deep ones or of several kinds.
+    """
+    records = read_labels(table, folder, suffixes=frozenset({".h5"}))
+    classes = sorted({record.label or "" for record in records})
+    bags, attributes = [], {}
+    for record in records:
+        features = read_features(record.path)
+        own = {key: features.attributes.get(key) for key in _ALIKE}
+        attributes = attributes or own
+        if own != attributes:
+            raise InputError(f"was made with other settings than the rest: {own}", file=record.path)
+        label = classes.index(record.label or "")
+        bags.append(bag_of(features, label, record.name, record.patient))
+    return Labelled(bags, records, classes, attributes)
+
+
+_ALIKE = ("extractor", "fingerprint", "patch_size", "deep_side")
+
+
+def train_split(
+    bags: Sequence[Bag], records: Sequence[SlideRecord], validation: float, seed: int
+) -> tuple[list[Bag], list[Bag]]:
+    """Training and validation slides: by the table's `split` column, or else by patient at random.
+
+    Slides whose split is `test` are in neither.
+    """
+    if not any(record.split for record in records):
+        if validation <= 0:
+            return list(bags), []
+        records = split_patients(records, {"train": 1 - validation, "validation": validation}, seed)
+    unknown = sorted({str(r.split) for r in records} - {"train", "validation", "val", "test"})
+    if unknown:
+        raise InputError("expected train, validation (val) or test", field="split", value=", ".join(unknown))
+    train = [bag for bag, record in zip(bags, records, strict=True) if record.split == "train"]
+    held = [b for b, r in zip(bags, records, strict=True) if r.split in ("validation", "val")]
+    return train, held
+
+
+def judge(
+    predictions: Path, table: Path, annotations: Path | None = None, splits: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Compare stored predictions with labels.
+
+    Args:
+        predictions: Folder that `predict` wrote.
+        table: Label CSV.
+        annotations: Folder of ASAP XML files named like slides, for the hit rate.
+        splits: Only rows of these splits; all where empty.
+
+    Raises:
+        InputError: As `read_labels`, or only one class is there (AUC is not defined).
+    """
+    records = read_labels(table, predictions, suffixes=frozenset({".json"}))
+    if splits:
+        records = [record for record in records if record.split in splits]
+    stored = [json.loads(record.path.read_text(encoding="utf-8")) for record in records]
+    read = [(r, s) for r, s in zip(records, stored, strict=True) if s.get("status") == "read"]
+    if not read:
+        raise InputError("has no prediction of a slide with tissue", file=predictions)
+    classes: list[str] = read[0][1]["classes"]
+    for record, _ in read:
+        if record.label not in classes:
+            raise InputError(
+                f"{record.name}: expected one of the model's {', '.join(classes)}", value=record.label
+            )
+    label = np.array([classes.index(record.label or "") for record, _ in read])
+    probability = np.array([own["probability"] for _, own in read])
+    low, high = auc_interval(probability, label, groups=[record.patient for record, _ in read])
+    found = {
+        "slides": len(read),
+        "without_tissue": len(stored) - len(read),
+        "auc": auc(probability, label),
+        "auc_interval": [low, high],
+        "accuracy": accuracy(probability, label),
+        "f1": f1(probability, label),
+        "observation_ratio": float(np.mean([own["observation_ratio"] for _, own in read])),
+        "seconds": float(np.mean([own["seconds"] for _, own in read])),
+        "reads": float(np.mean([own["reads"] for _, own in read])),
+    }
+    if annotations is not None:
+        found["hit_rate"] = _hits(read, annotations)
+    return found
+
+
+def _hits(read: Sequence[tuple[SlideRecord, dict[str, Any]]], annotations: Path) -> float | None:
+    paths, lesions = [], []
+    for record, own in read:
+        file = annotations / f"{record.name}.xml"
+        if file.is_file():
+            xy = np.array(own["path_xy"], np.int64).reshape(-1, 2)
+            on_path = read_annotations(file).hits(xy, int(own["footprint"]))
+            # One more place that is always true: the slide has lesions, whether looked at or not.
+            lesions.append(np.append(on_path, True))
+            paths.append(list(range(len(xy))))
+    return hit_rate(paths, lesions)

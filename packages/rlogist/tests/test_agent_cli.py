@@ -1,0 +1,81 @@
+"""The agent's commands, from slides to judged predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from generated_slides import tissue_slide
+from test_cli import run
+
+TRAIN = ("--epochs", 2, "--batch", 4, "--steps", 64, "--width", 8, "--rho", 0.2, "--validation", 0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    (root / "slides").mkdir()
+    rows = ["WSI_path,label"]
+    for index in range(4):
+        tissue_slide(root / "slides" / f"s{index}.tif", seed=index)
+        rows.append(f"s{index}.tif,{'tumour' if index % 2 else 'normal'}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def test_extract_train_predict_evaluate_report(world, tmp_path, capsys):
+    slides, labels = world / "slides", world / "labels.csv"
+    options = ("--patch", 32, "--extractor", "stain", "--deep")
+    assert run(capsys, "extract", slides, "--out", tmp_path / "f", *options)[0] == 0
+    model = tmp_path / "m"
+    code, shown, _ = run(
+        capsys, "train", tmp_path / "f", "--labels", labels, "--out", model, *TRAIN, "--tensorboard"
+    )
+    assert (code, "trained on 4 slides" in shown) == (0, True)
+    assert list((model / "tensorboard").glob("events*"))
+    config = json.loads((model / "config.json").read_text())
+    assert (config["classes"], config["fingerprint"]) == (["normal", "tumour"], "stain-1")
+
+    (world / "slides" / "broken.tif").write_bytes(b"II*\0" + b"\0" * 40)
+    code, shown, errors = run(capsys, "predict", slides, "--model", model, "--out", tmp_path / "p", "--html")
+    (world / "slides" / "broken.tif").unlink()
+    assert (code, "1 of 5 slides failed" in errors) == (2, True)
+    found = json.loads((tmp_path / "p" / "s0.json").read_text())
+    assert found["looks"] == len(found["path"]) == -(-found["regions"] // 5)
+    assert sum(row["pixels"] for row in found["ledger"]["reads"] if row["purpose"] == "deep") == (
+        found["looks"] * 16 * 32**2
+    )
+    assert (tmp_path / "p" / "s0.html").exists()
+
+    code, shown, _ = run(capsys, "evaluate", tmp_path / "p", "--labels", labels, "--out", tmp_path / "e.json")
+    assert code == 0
+    judged = json.loads((tmp_path / "e.json").read_text())
+    assert judged["slides"] == 4
+    assert judged["auc_interval"][0] <= judged["auc"] <= judged["auc_interval"][1]
+    assert judged["observation_ratio"] == pytest.approx(found["observation_ratio"])
+    page = tmp_path / "r.html"
+    assert run(capsys, "report", slides / "s1.tif", "--model", model, "--out", page, "--exhaustive")[0] == 0
+    assert "all regions at depth" in page.read_text()
+
+    one_class = tmp_path / "one.csv"
+    one_class.write_text(labels.read_text().replace("tumour", "normal"))
+    code, _, errors = run(capsys, "evaluate", tmp_path / "p", "--labels", one_class)
+    assert (code, "AUC is not defined" in errors) == (2, True)
+    code, _, errors = run(capsys, "train", tmp_path / "f", "--labels", one_class, "--out", model, *TRAIN)
+    assert (code, "at least two classes" in errors) == (2, True)
+    for rho in (0, 1.5):
+        code, _, errors = run(
+            capsys, "predict", slides, "--model", model, "--out", tmp_path / "q", "--rho", rho
+        )
+        assert (code, "expected a share of regions above 0" in errors) == (2, True)
+
+
+def test_features_without_deep_ones_are_told(world, tmp_path, capsys):
+    options = ("--patch", 32, "--extractor", "stain")
+    assert run(capsys, "extract", world / "slides", "--out", tmp_path / "f", *options)[0] == 0
+    code, _, errors = run(
+        capsys, "train", tmp_path / "f", "--labels", world / "labels.csv", "--out", tmp_path / "m", *TRAIN
+    )
+    assert code == 2
+    assert "has no deep features: extract with --deep" in errors
