@@ -72,7 +72,7 @@ def f1(probability: Float[np.ndarray, "slides classes"], label: Int64[np.ndarray
     )
 
 
-def hit_rate(paths: Sequence[Sequence[int]], lesions: Sequence[Bool[np.ndarray, " regions"]]) -> float | None:
+def hit_rate(paths: Sequence[Sequence[int]], lesions: Sequence[Bool[np.ndarray, " _"]]) -> float | None:
     """Share of slides with lesions where at least one region with lesion is on the path; None without any.
 
     Args:
