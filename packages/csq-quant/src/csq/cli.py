@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from csq.settings import MethodName, Settings
 from shared_core import InputError, command, files
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
-METHODS = ("csq", "csq-uniform", "lsq", "ste", "bsq", "hawq", "random", "float")
+METHODS = get_args(MethodName)
+_DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 app = typer.Typer(
     help="Mixed-precision quantization grown by bi-level continuous sparsification (CSQ).",
@@ -78,6 +80,13 @@ def _suffix(*suffixes: str) -> Any:
     return check
 
 
+def _setting(name: str, help_: str, known: tuple[str, ...] = (), **more: Any) -> Any:
+    """An option whose default is that of `Settings`: None says that it was not given."""
+    if known:
+        more["callback"] = lambda value: value if value is None else _one_of(*known)(value)
+    return typer.Option(help=help_, show_default=str(_DEFAULTS[name]), **more)
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
 Data = Annotated[
     str | None,
@@ -96,7 +105,6 @@ RunOrFile = Annotated[
 
 @app.command()
 def train(
-    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the run.", file_okay=False)],
     model: Annotated[
         str | None,
@@ -105,18 +113,21 @@ def train(
         ),
     ] = None,
     data: Data = None,
-    method: Annotated[str, typer.Option(help=", ".join(METHODS), callback=_one_of(*METHODS))] = "csq",
-    target_bits: Annotated[float, typer.Option(help="Average precision of weights.")] = 2.0,
+    method: Annotated[str | None, _setting("method", f"{', '.join(METHODS)}.", METHODS)] = None,
+    target_bits: Annotated[float | None, _setting("target_bits", "Average precision of weights.")] = None,
     budget: Annotated[
-        str,
-        typer.Option(
-            help="What is averaged: weights (model size), layers (the official code's), bytes (stored bits).",
-            callback=_one_of("weights", "layers", "bytes"),
+        str | None,
+        _setting(
+            "budget",
+            "What is averaged: weights (model size), layers (the official way), bytes (stored bits).",
+            ("weights", "layers", "bytes"),
         ),
-    ] = "weights",
-    n_bits: Annotated[int, typer.Option(min=1, max=8, help="Bit planes; 7 fit int8.")] = 8,
-    act_bits: Annotated[int, typer.Option(min=1, max=32, help="Bits of activations; 32 for none.")] = 32,
-    act_method: Annotated[str, typer.Option(help="pact or lsq.", callback=_one_of("pact", "lsq"))] = "pact",
+    ] = None,
+    n_bits: Annotated[int | None, _setting("n_bits", "Bit planes; 7 fit int8.", min=1, max=8)] = None,
+    act_bits: Annotated[
+        int | None, _setting("act_bits", "Bits of activations; 32 for none.", min=1, max=32)
+    ] = None,
+    act_method: Annotated[str | None, _setting("act_method", "pact or lsq.", ("pact", "lsq"))] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Layer to leave in floating point; may be repeated.")
     ] = None,
@@ -124,33 +135,40 @@ def train(
         str | None, typer.Option(help="Safetensors state dict to start from; else random weights.")
     ] = None,
     init: Annotated[
-        str,
-        typer.Option(
-            help="pretrained starts from the rounded weights, scratch as the official code; auto decides.",
-            callback=_one_of("auto", "pretrained", "scratch"),
+        str | None,
+        _setting(
+            "init",
+            "pretrained starts from the rounded weights, scratch as the official code; auto decides.",
+            ("auto", "pretrained", "scratch"),
         ),
-    ] = "auto",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of all but gates, masks and scales.")] = 5e-4,
-    optimizer: Annotated[str, typer.Option(help="sgd or adamw.", callback=_one_of("sgd", "adamw"))] = "sgd",
-    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradients.")] = None,
-    shift: Annotated[int, typer.Option(min=0, help="Augmentation: pixels that images move by.")] = 0,
-    flip: Annotated[bool, typer.Option("--flip", help="Augmentation: mirror half of the images.")] = False,
-    lam: Annotated[
-        float | None, typer.Option(help="Weight of the budget's penalty; by the number of steps.")
     ] = None,
-    search: Annotated[float, typer.Option(help="Share of the steps that search the scheme.")] = 0.75,
+    epochs: Annotated[int | None, _setting("epochs", "Passes over the training images.", min=1)] = None,
+    batch_size: Annotated[int | None, _setting("batch_size", "Images a step.", min=1)] = None,
+    lr: Annotated[float | None, _setting("lr", "Highest learning rate.")] = None,
+    weight_decay: Annotated[
+        float | None, _setting("weight_decay", "Of all but gates, masks and scales.", min=0)
+    ] = None,
+    optimizer: Annotated[str | None, _setting("optimizer", "sgd or adamw.", ("sgd", "adamw"))] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of the gradients.")] = None,
+    shift: Annotated[
+        int | None, _setting("shift", "Augmentation: pixels that images move by.", min=0)
+    ] = None,
+    flip: Annotated[
+        bool | None, typer.Option("--flip", help="Augmentation: mirror half of the images.")
+    ] = None,
+    lam: Annotated[
+        float | None, typer.Option(help="Weight of the budget's penalty; else by the number of steps.")
+    ] = None,
+    search: Annotated[float | None, _setting("search", "Share of the steps that search the scheme.")] = None,
     finetune: Annotated[
-        str, typer.Option(help="Temperature afterwards: hold or reramp.", callback=_one_of("hold", "reramp"))
-    ] = "hold",
+        str | None, _setting("finetune", "Temperature afterwards: hold or reramp.", ("hold", "reramp"))
+    ] = None,
     contiguous: Annotated[
-        bool, typer.Option("--contiguous", help="No gaps between a layer's planes: uniform grids.")
-    ] = False,
-    alpha: Annotated[float, typer.Option(min=0, help="BSQ's regularizer, its handle on size.")] = 0.01,
+        bool | None, typer.Option("--contiguous", help="No gaps between a layer's planes: uniform grids.")
+    ] = None,
+    alpha: Annotated[float | None, _setting("alpha", "BSQ's regularizer, its handle on size.", min=0)] = None,
     float_share: Annotated[
-        float | None, typer.Option(help="Share of the steps before quantization; by method.")
+        float | None, typer.Option(help="Share of the steps before quantization; else by method.")
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=4, help="Side that images are resized to; class folders need it.")
@@ -159,9 +177,11 @@ def train(
         str | None, typer.Option(help="Mean of each channel, 0.5,0.5,0.5.", callback=_numbers)
     ] = None,
     std: Annotated[str | None, typer.Option(help="Deviation of each channel.", callback=_numbers)] = None,
-    validation: Annotated[float, typer.Option(help="Share cut out of the training images.")] = 0.1,
+    validation: Annotated[
+        float | None, _setting("validation", "Share cut out of the training images.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Training images to use.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")] = 0,
+    seed: Annotated[int | None, _setting("seed", "Of weights, order and augmentation.", min=0)] = None,
     device: Device = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in OUT, where there is one.")
@@ -170,24 +190,30 @@ def train(
     """Train a model to an average precision, and write the run to a folder.
 
     A run that was interrupted goes on by the same command with --resume, or by `csq train --out OUT --resume`
-    alone, to the same last bit. Accuracies are of validation images; only `csq evaluate` reads the test part.
+    alone, to the same last bit. Accuracies are of validation images; only `csq evaluate` reads the
+    test part.
     """
+    asked = {name: value for name, value in locals().items() if name in _DEFAULTS and value is not None}
+    for name in ("mean", "std"):
+        if name in asked:
+            asked[name] = tuple(float(part) for part in asked[name].split(","))
+    if "skip" in asked:
+        asked["skip"] = tuple(asked["skip"])
     with _warnings_in_one_line():
         from csq import runs
         from csq.training import CHECKPOINT
 
-        asked = _asked(context)
         if (out / runs.RUN).exists():
-            if not resume and (out / CHECKPOINT).exists():
+            if resume:
+                asked = _same_settings(asked, runs.TrainingRun.open(out))
+            elif (out / CHECKPOINT).exists():
                 raise InputError(
                     "holds a run already; --resume goes on with it, another folder takes a new one", file=out
                 )
-            if resume:
-                asked = _same_settings(context, asked, runs.TrainingRun.open(out))
         for name in ("model", "data"):
-            if asked[name] is None:
+            if name not in asked:
                 raise InputError("which one?", field=name)
-        settings = runs.Settings(**asked)
+        settings = Settings(**asked)
         images = runs.read_images(settings)
         run = runs.TrainingRun.begin(out, settings, images)
         trained = _with_progress(run, images, _device(device))
@@ -195,26 +221,11 @@ def train(
         _finish(ended, trained.history)
 
 
-def _asked(context: typer.Context) -> dict[str, Any]:
-    """The options that are a run's settings."""
-    from csq.runs import Settings
-
-    asked = {field.name: context.params[field.name] for field in fields(Settings)}
-    asked["skip"] = tuple(asked["skip"] or ())
-    for name in ("mean", "std"):
-        if asked[name] is not None:
-            asked[name] = tuple(float(part) for part in asked[name].split(","))
-    return asked
-
-
-def _same_settings(
-    context: typer.Context, asked: dict[str, Any], run: csq.runs.TrainingRun
-) -> dict[str, Any]:
+def _same_settings(asked: dict[str, Any], run: csq.runs.TrainingRun) -> dict[str, Any]:
     """The kept run's settings; an option that was given must be what it was."""
     kept = asdict(run.settings)
     for name, value in asked.items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and value != kept[name]:
+        if value != kept[name]:
             raise InputError(
                 f"is another run: expected {kept[name]}, as it began with",
                 file=run.folder,
@@ -244,12 +255,14 @@ def _finish(run: csq.runs.TrainingRun, history: list[dict[str, Any]]) -> None:
     if run.settings.method != "float":
         import csq
 
-        report = csq.report(run.hard_model(None))
-        summary |= {"target_bits": run.settings.target_bits, **report.totals(), "layers": report.rows()}
+        hard = run.hard_model(None, warn=True)
+        report, size = csq.report(hard), run.file_bytes(hard)
+        summary |= {"target_bits": run.settings.target_bits, **report.totals(), "file_bytes": size}
+        summary["layers"] = report.rows()
         table = Table("trained", f"{run.settings.model}, {run.settings.method}")
         table.add_row("paper bits", f"{report.average_bits:.3f} (target {run.settings.target_bits:g})")
         table.add_row("stored bits", f"{report.average_stored_bits:.3f}")
-        table.add_row("file, once hardened (without header)", f"{report.expected_bytes:,} bytes")
+        table.add_row("file, once hardened", f"{size:,} bytes")
     else:
         table = Table("trained", f"{run.settings.model}, floating point")
     table.add_row("top-1 of the validation part, soft", _percent(summary["validation_top1"]))
@@ -281,7 +294,7 @@ def harden(
         images = None if no_data else opened.images(data)
         soft = opened.soft_model().to(place)
         accuracy = None if images is None else top1(soft, images, images.validation)
-        hard = opened.hard_model(images, place)
+        hard = opened.hard_model(images, place, warn=True)
         after = None if images is None else top1(hard, images, images.validation)
         table = Table("hardened", str(out))
         if opened.settings.method == "float":
@@ -326,7 +339,7 @@ def inspect(
             run = runs.TrainingRun.open(path)
             _no_float(run)
             model, shape, activations = run.hard_model(None), run.shape, run.activations
-            history, target, size = run.checkpoint.history, run.settings.target_bits, None
+            history, target, size = run.checkpoint.history, run.settings.target_bits, run.file_bytes(model)
             title = f"{run.settings.model}, {run.settings.method}"
         else:
             file = runs.HardenedFile.open(path)
@@ -418,19 +431,22 @@ def evaluate(
                 run = TrainingRun.open(path)
                 images = run.images(data)
                 models = {f"{path}, soft": run.soft_model().to(place)}
+                size = 0
                 if run.settings.method != "float":
-                    models[f"{path}, hardened"] = run.hard_model(images, place)
+                    models[f"{path}, hardened"] = hard = run.hard_model(images, place)
+                    size = run.file_bytes(hard)
             else:
                 file = HardenedFile.open(path)
                 if data is None:
                     raise InputError("a file does not say where images are: which?", field="data")
                 images, models = file.images(data), {str(path): file.model.to(place)}
+                size = path.stat().st_size
             for name, model in models.items():
                 row: dict[str, Any] = {"name": name, "top1": top1(model, images, images.test)}
                 if not name.endswith(", soft"):
                     report = csq.report(model)
                     row |= {"paper_bits": report.average_bits, "stored_bits": report.average_stored_bits}
-                    row["bytes"] = path.stat().st_size if path.is_file() else report.expected_bytes
+                    row["bytes"] = size
                 rows.append(row | {"images": len(images.test.labels)})
                 table.add_row(name, *_cells(row))
     _print(table)

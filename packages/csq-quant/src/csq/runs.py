@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,92 +25,20 @@ from torch import Tensor, nn
 import csq
 from csq import sources
 from csq.activations import install_activations
-from csq.budget import Budget
 from csq.checkpoints import Checkpoint, read_checkpoint
 from csq.data import ImageData, PixelSplit, load_images
 from csq.files import load, read_notes
-from csq.methods import (
-    BsqFinetuneStage,
-    BsqStage,
-    CsqStage,
-    HawqStage,
-    Method,
-    RandomStage,
-    Stage,
-    UniformStage,
-)
-from csq.schedule import Finetune
+from csq.methods import Method
+from csq.settings import Settings
+from csq.stages import has_batchnorm, method_for
 from csq.training import CHECKPOINT, Recipe, Trained, batch_indices, stage_ends, train
 from shared_core import InputError
 from shared_core.files import write_json, write_text
 
-MethodName = Literal["csq", "csq-uniform", "lsq", "ste", "bsq", "hawq", "random", "float"]
 RUN, LOG, REPORT = "run.json", "log.jsonl", "report.json"
 FORMAT = 1
-FLOAT_SHARE = 0.15
-"""Float steps before methods that need a trained model, where no weights are given."""
 BN_BATCHES = 200
 """Training batches that BatchNorm's final statistics are taken from."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is: the options of `csq train`, by their names."""
-
-    model: str
-    data: str
-    method: MethodName = "csq"
-    target_bits: float = 2.0
-    budget: Budget = "weights"
-    n_bits: int = 8
-    act_bits: int = 32
-    act_method: Literal["pact", "lsq"] = "pact"
-    skip: tuple[str, ...] = ()
-    weights: str | None = None
-    init: Literal["auto", "pretrained", "scratch"] = "auto"
-    epochs: int = 100
-    batch_size: int = 128
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    clip_norm: float | None = None
-    shift: int = 0
-    flip: bool = False
-    lam: float | None = None
-    search: float = 0.75
-    finetune: Finetune = "hold"
-    contiguous: bool = False
-    alpha: float = 0.01
-    float_share: float | None = None
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    validation: float = 0.1
-    limit: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise InputError("expected at least 1", field="epochs", value=self.epochs)
-        if self.method in ("csq-uniform", "lsq", "ste") and self.target_bits not in range(1, 9):
-            raise InputError(
-                f"{self.method} gives all layers the same whole number of bits, 1 to 8",
-                field="target-bits",
-                value=self.target_bits,
-            )
-        if not 0 < self.target_bits <= (9 if self.budget == "bytes" else 8):
-            raise InputError("expected above 0, at most 8", field="target-bits", value=self.target_bits)
-        if self.float_share is not None and not 0 <= self.float_share < 1:
-            raise InputError("expected a share below 1", field="float-share", value=self.float_share)
-
-    @property
-    def first_share(self) -> float:
-        """The share of steps without quantization that the run begins with."""
-        if self.method == "float":
-            return 0.0
-        if self.float_share is not None:
-            return self.float_share
-        return FLOAT_SHARE if self.method in ("bsq", "hawq", "random") and self.weights is None else 0.0
 
 
 def read_images(settings: Settings, data: str | None = None) -> ImageData:
@@ -126,7 +56,7 @@ def read_images(settings: Settings, data: str | None = None) -> ImageData:
         seed=settings.seed,
     )
     if sources.family(settings.model) == "torchvision" and len(images.mean) == 1:
-        images = _colour(images)
+        images = coloured(images)
     known = sources.normalization(settings.model) if settings.weights else None
     for field, given, published in (
         ("mean", settings.mean, known and known[0]),
@@ -143,77 +73,14 @@ def read_images(settings: Settings, data: str | None = None) -> ImageData:
     return images
 
 
-def _colour(images: ImageData) -> ImageData:
+def coloured(images: ImageData) -> ImageData:
+    """Return grey images as three equal channels."""
+
     def tripled(split: Any) -> PixelSplit:
         return PixelSplit(split.pixels.expand(-1, 3, -1, -1), split.labels)
 
     parts = {name: tripled(getattr(images, name)) for name in ("train", "validation", "test")}
     return replace(images, **parts, mean=images.mean * 3, std=images.std * 3)
-
-
-def default_lambda(steps: int) -> float:
-    """Return λ for a search of so many steps.
-
-    A power law through 0.3 at 420 steps, measured on digits, and 0.01 at the 117,000 steps of the official
-    CIFAR recipe; at most 1. What the search misses, `on_miss="settle"` closes.
-    """
-    return min(1.0, 0.3 * (420 / steps) ** 0.6)
-
-
-def method_for(settings: Settings, steps: int, normalized: bool) -> Method:
-    """Return the stages of a run.
-
-    Args:
-        settings: What was asked for.
-        steps: Of the whole run.
-        normalized: Whether the model has BatchNorm, which permits the official start from scratch.
-    """
-    first, bits = settings.first_share, settings.target_bits
-    rest = 1 - first
-    shared: dict[str, Any] = {
-        "act_bits": settings.act_bits,
-        "act_method": settings.act_method,
-        "skip": settings.skip,
-    }
-    trained = settings.weights is not None or first > 0 or not normalized
-    init = settings.init if settings.init != "auto" else "pretrained" if trained else "scratch"
-    stages: tuple[Stage, ...]
-    match settings.method:
-        case "float":
-            stages = (Stage("train", 1.0),)
-        case "csq" | "csq-uniform":
-            uniform = settings.method == "csq-uniform"
-            stage = CsqStage(
-                "csq",
-                rest,
-                target_bits=None if uniform else bits,
-                n_bits=int(bits) if uniform else settings.n_bits,
-                init=init,
-                lam=default_lambda(round(rest * steps)) if settings.lam is None else settings.lam,
-                budget=settings.budget,
-                search=settings.search,
-                finetune=settings.finetune,
-                contiguous=settings.contiguous,
-                **shared,
-            )
-            stages = (stage,)
-        case "lsq" | "ste":
-            stages = (UniformStage("train", rest, bits=int(bits), quantizer=settings.method, **shared),)
-        case "hawq":
-            stages = (HawqStage("train", rest, target_bits=bits, **shared),)
-        case "random":
-            stages = (RandomStage("train", rest, target_bits=bits, **shared),)
-        case "bsq":
-            searching = 0.55 * rest
-            stages = (
-                BsqStage("search", searching, alpha=settings.alpha, **shared),
-                BsqFinetuneStage("finetune", rest - searching, lr=0.3, skip=settings.skip),
-            )
-    return Method(settings.method, ((Stage("float", first),) if first else ()) + stages)
-
-
-def _has_batchnorm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 @dataclass(frozen=True)
@@ -288,7 +155,7 @@ class TrainingRun:
     def method(self) -> Method:
         """The stages."""
         model = sources.build(self.settings.model, len(self.classes), self.shape, self.settings.seed)
-        return method_for(self.settings, self.steps, _has_batchnorm(model))
+        return method_for(self.settings, self.steps, has_batchnorm(model))
 
     @property
     def recipe(self) -> Recipe:
@@ -351,15 +218,32 @@ class TrainingRun:
         model.load_state_dict(kept.model)
         return model.eval()
 
-    def hard_model(self, data: ImageData | None, device: str = "cpu") -> nn.Module:
-        """Return plain modules with the final weights; BatchNorm is estimated anew where data is given."""
+    def hard_model(self, data: ImageData | None, device: str = "cpu", *, warn: bool = False) -> nn.Module:
+        """Return plain modules with the final weights; BatchNorm is estimated anew where data is given.
+
+        Args:
+            data: Its training part is read.
+            device: Where the model is then.
+            warn: Say where hardening changes weights by much.
+        """
         model = self.soft_model().to(device)
+        with warnings.catch_warnings():
+            if not warn:
+                warnings.filterwarnings("ignore", message="hardened at temperature")
+            return self._harden(model, data)
+
+    def _harden(self, model: nn.Module, data: ImageData | None) -> nn.Module:
         return self.method.harden(model, None if data is None else bn_inputs(data, self.settings)).eval()
 
     @property
     def activations(self) -> dict[str, Any]:
         """The activation quantizers, by layer, as `csq.activations.install_activations` takes them."""
         return next((p["activations"] for p in self.checkpoint.plans if p.get("activations")), {})
+
+    def file_bytes(self, hard: nn.Module) -> int:
+        """Return the bytes of the file that `csq harden` would write."""
+        with tempfile.TemporaryDirectory() as folder:
+            return csq.save(hard, Path(folder, "model.safetensors"), notes=self.notes())
 
     def notes(self, **more: Any) -> dict[str, Any]:
         """What a hardened file says of itself: enough to build its model and to feed it."""
@@ -405,7 +289,7 @@ class HardenedFile:
         size = self.notes["shape"][1]
         images = load_images(data, size=size)
         if self.notes["shape"][0] == 3 and len(images.mean) == 1:
-            images = _colour(images)
+            images = coloured(images)
         if list(images.classes) != self.notes["classes"]:
             raise InputError(
                 f"its classes are not those of {self.path}: expected {', '.join(self.notes['classes'][:5])}",

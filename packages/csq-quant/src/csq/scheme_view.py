@@ -35,15 +35,13 @@ def layer_table(report: Report, operations: BitOperations) -> Table:
     return table
 
 
-def totals_table(report: Report, operations: BitOperations, file_bytes: int | None) -> Table:
+def totals_table(report: Report, operations: BitOperations, file_bytes: int) -> Table:
     """Paper bits, stored bits and bytes, always together, with what they compress to."""
     table = Table("of all weights", "bits a weight", "compression")
     table.add_row("paper bits", f"{report.average_bits:.3f}", f"{report.paper_compression:.2f}x")
     table.add_row("stored bits", f"{report.average_stored_bits:.3f}", f"{report.compression:.2f}x")
     whole = 4 * (report.weights + report.float_parameters)
-    bytes_ = report.expected_bytes if file_bytes is None else file_bytes
-    label = "file, once hardened (without header)" if file_bytes is None else "file"
-    table.add_row(label, f"{bytes_:,} bytes", f"{whole / bytes_:.2f}x")
+    table.add_row("file", f"{file_bytes:,} bytes", f"{whole / file_bytes:.2f}x")
     table.add_row("bit operations an image", f"{operations.total:,}", f"{_saved(operations):.2f}x")
     return table
 
