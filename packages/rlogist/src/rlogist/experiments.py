@@ -227,7 +227,8 @@ def run_update(task: tuple[Dataset, Sizes, int, Update, State, Path | None]) -> 
             hits = hit_rate(paths, [data.tumour[i] for i in test])
             found[f"{name} @{rho:g}"] = {**_scores(played.logits, unseen), "hits": hits or 0.0}
     if folder is not None:
-        model.rho, model.opening = sizes.rhos[-1], {"patch": PATCH}
+        model.rho = sizes.rhos[-1]
+        model.opening["patch"] = PATCH
         model.save_pretrained(folder)
     return found
 
