@@ -101,7 +101,7 @@ def test_a_users_model_trains_hardens_shows_exports_and_is_evaluated(
     model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, file = tmp_path / "run", tmp_path / "m.safetensors"
-    options = ["--target-bits", 2.5, "--n-bits", 7, "--lr", 0.01]
+    options = ["--target-bits", 2.5, "--n-bits", 7, "--lr", 0.002]
     assert run("train", "--model", model, "--data", data, "--out", out, *SHORT, *options) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["average_bits"] == pytest.approx(2.5, rel=0.02)
@@ -196,8 +196,13 @@ command.run(cli.app)
     assert run("train", "--out", killed, "--resume", "--device", "cpu") == 0
     whole = tmp_path / "whole"
     assert run("train", "--out", whole, *options) == 0
-    for name in (CHECKPOINT, "log.jsonl", "report.json"):
+    for name in ("log.jsonl", "report.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    ours, theirs = (read_checkpoint(folder / CHECKPOINT) for folder in (killed, whole))
+    for part in ("model", "optimizer", "random"):
+        kept, expected = getattr(ours, part), getattr(theirs, part)
+        assert kept.keys() == expected.keys()
+        assert all(torch.equal(kept[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("method", ["csq-uniform", "lsq", "bsq", "hawq", "float"])
