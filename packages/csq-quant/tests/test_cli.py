@@ -173,7 +173,7 @@ def test_inspect_counts_a_run_as_the_file_that_it_becomes(
 
 
 def test_a_killed_run_resumes_to_the_same_last_bit(data: Path, tmp_path: Path) -> None:
-    options = ["--model", "csq/resnet8", "--data", data, *SHORT, "--epochs", 5]
+    options = ["--model", "csq/resnet8", "--data", data, *SHORT, "--epochs", 5, "--image-size", 16]
     code = """
 import sys, time
 import torch
