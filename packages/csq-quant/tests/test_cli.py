@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -113,7 +114,9 @@ def test_a_users_model_trains_hardens_shows_exports_and_is_evaluated(
     numbers = tmp_path / "numbers.json"
     assert run("inspect", file, "--png", tmp_path / "bits.png", "--json", numbers) == 0
     printed, found = capsys.readouterr().out, json.loads(numbers.read_text())
-    assert "█" in printed
+    for layer in found["layers"]:
+        bar = "█" * layer["bits"] + "░" * (layer["stored_bits"] - layer["bits"])
+        assert re.search(rf"{re.escape(layer['name'])} .* {layer['mask']} .* {bar} ", printed)
     assert f"{found['file_bytes']:,} bytes" in printed
     assert found["file_bytes"] == file.stat().st_size
     assert found["average_bits"] == report["average_bits"]

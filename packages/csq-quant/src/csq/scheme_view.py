@@ -11,7 +11,8 @@ from rich.table import Table
 from csq.bitops import BitOperations
 from csq.size_report import Report
 
-_BLOCK = "█"
+_PAPER, _REST = "█", "░"
+"""A paper bit, and a stored bit beyond those."""
 
 
 def layer_table(report: Report, operations: BitOperations) -> Table:
@@ -22,7 +23,7 @@ def layer_table(report: Report, operations: BitOperations) -> Table:
     for layer in report.layers:
         macs, bits, act = operations.layers.get(layer.name, (0, 0, 0))
         more = max(0, layer.stored_bits - layer.bits)
-        bar = f"[green]{_BLOCK * layer.bits}[/green][dim]{_BLOCK * more}[/dim]"
+        bar = f"[green]{_PAPER * layer.bits}[/green][dim]{_REST * more}[/dim]"
         table.add_row(
             layer.name,
             f"{layer.weights:,}",
