@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shared_core import InputError
 from smm_dp import Accountant, AccountingWarning, calibrate, clip_mixture, smallest_bits, wrap_probability
-from smm_dp.calibration import check_budget, check_modulus, expected_shrinkage, smallest_noise
+from smm_dp.calibration import check_budget, check_modulus, expected_shrinkage, smallest_noise, squared_norm
 from smm_dp.rdp import paper_coordinate_bound, paper_order_allowed
 from smm_dp.rotation import rotate
 
@@ -185,3 +185,28 @@ def test_smallest_noise_finds_the_root_from_either_side():
     for start in (1e-6, 1.0, 1e6):
         assert smallest_noise(lambda v: 7.0 / v, 2.0, start) == pytest.approx(3.5, rel=1e-6)
     assert smallest_noise(lambda v: math.inf if v < 5 else 1 / v, 1.0, 1.0) == pytest.approx(5.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"participants": 0}, "participants: expected at least 1"),
+        ({"dim": 0}, "dim: expected at least 1"),
+        ({"modulus_bits": 77}, "2 to 32"),
+        ({"modulus_bits": 0}, "2 to 32"),
+        ({"clip": 16384.0**2, "scale": 16384.0, "accounting": "numeric"}, "lower the scale"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_said_in_one_line(change, text):
+    values = {
+        "epsilon": 1.0, "delta": 1e-5, "clip": 256.0, "scale": 16.0, "sampling_rate": 1.0, "rounds": 1,
+        "accounting": "paper", "dim": 1000, "participants": 100,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=text):
+        calibrate(**(values | change))
+
+
+@pytest.mark.parametrize(("scale", "norm"), [(1e200, 1.0), (4.0, -1.0), (float("nan"), 1.0), (0.0, 1.0)])
+def test_a_clip_bound_is_positive_and_finite(scale, norm):
+    with pytest.raises(InputError, match=r"scale|norm"):
+        squared_norm(scale, norm)

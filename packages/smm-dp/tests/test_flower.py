@@ -275,3 +275,44 @@ def test_a_client_refuses_an_encoding_without_noise(task):
     strategy.parameters = replace(strategy.parameters, mu_total=0.0)
     with pytest.warns(UserWarning, match="given up"):
         assert one_round(strategy, FakeGrid(3)) is None
+
+
+def test_orders_state_the_noise_of_those_who_must_finish_and_a_fresh_rotation(task):
+    """With dropouts allowed, the survivors' noise alone is what was accounted."""
+    strategy = strategy_of(1.0, 3, 6, dropouts=0.34, observer="server")
+    orders = []
+
+    class Spy(FakeGrid):
+        def reply(self, message):
+            orders.append(json.loads(message.content["smm-dp"]["json"]))
+            return super().reply(message)
+
+    grid = Spy(6)
+    for number in range(2):
+        one_round(strategy, grid, number)
+    assert {order["plan"]["least"] for order in orders} == {4}
+    masked = [order["mechanism"] for order in orders if order["stage"] == "masked"]
+    assert {each["participants"] for each in masked} == {4}
+    assert {each["mu_total"] for each in masked} == {strategy.parameters.mu_total}
+    assert len({each["rotation_seed"] for each in masked}) == 2
+
+
+def test_sums_are_divided_by_the_expected_number_whoever_is_drawn(task):
+    strategy, grid = strategy_of(0.5, 2, 8), FakeGrid(8)
+    strategy._draw = lambda nodes: (nodes[:3], nodes[:3])
+    moved = np.concatenate([array.numpy().ravel() for array in one_round(strategy, grid).values()])
+    np.testing.assert_allclose(moved, 0.1 * 3 / (0.5 * 8), atol=6 * strategy.parameters.noise_sd / 4)
+
+
+def test_equal_clients_send_different_noise(task, monkeypatch):
+    from smm_dp.mechanism import SkellamMixture
+
+    sent, encode = [], SkellamMixture.encode
+
+    def spy(self, x, *rest, **named):
+        sent.append(encode(self, x, *rest, **named))
+        return sent[-1]
+
+    monkeypatch.setattr(SkellamMixture, "encode", spy)
+    one_round(strategy_of(1.0, 1, 3), FakeGrid(3))
+    assert len({payload.tobytes() for payload in sent}) == 3

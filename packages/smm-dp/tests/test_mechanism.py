@@ -51,7 +51,9 @@ def test_clipping_keeps_signs_bounds_the_moment_and_is_idempotent(x, bound):
     assert total <= bound
     if math.fsum(second_moment(x)) > bound:
         assert total >= bound * (1 - 1e-9)
-    else:
+    elif math.fsum(second_moment(x)) < bound * (
+        1 - 1e-11
+    ):  # at the bound, rounding could lie on its far side
         np.testing.assert_array_equal(clipped, x)
     assert ((np.sign(clipped) == np.sign(x)) | (clipped == 0)).all()
     assert (np.abs(clipped) <= np.abs(x)).all()

@@ -237,3 +237,14 @@ def test_bad_parameters_are_refused():
     with pytest.raises(InputError, match="at least 1"):
         IntegerReader(seeded_source(0)).below(0)
     assert isinstance(skellam_table(Fraction(1)), TableSampler)
+
+
+def test_a_source_does_not_survive_a_fork(monkeypatch):
+    """Parent and child would draw the same noise."""
+    import os
+
+    source = secure_source()
+    source.octets(4)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="fork"):
+        source.octets(4)

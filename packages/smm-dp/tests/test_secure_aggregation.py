@@ -353,5 +353,16 @@ def test_the_same_share_twice_gives_no_sum():
     twice = {name: first[name] for name in answers[1].self_masks if name in first}
     server.receive_unmasking(answers[0])
     server.receive_unmasking(replace(answers[1], self_masks=answers[1].self_masks | twice))
+    for answer in answers[2:]:
+        server.receive_unmasking(answer)
     with pytest.raises(AggregationAborted, match="same share"):
         server.result()
+
+
+def test_names_that_are_not_in_the_plan_do_not_count_as_finished():
+    plan = AggregationPlan(names(4), 4, 8, 2, least=3)
+    _, people = exchange(plan)
+    with pytest.raises(AggregationAborted, match="only 2 participants finished"):
+        people["client-0"].unmasking(frozenset({"client-0", "client-1", "stranger"}))
+    with pytest.raises(AggregationAborted, match="this participant did not finish"):
+        people["client-0"].unmasking(frozenset(names(4)) - {"client-0"})

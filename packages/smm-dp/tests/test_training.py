@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,18 +156,31 @@ list(runner.train(job, resume=False))
     lines = list(train(job(tmp_path / "killed", data=data), resume=True))
     assert lines[0] == "resumed after round 4"
     kept = json.loads((tmp_path / "killed" / "ledger.json").read_text())["history"]
-    assert kept[0]["rounds"] == 6
-    assert "stopped before release 7" in lines[-3]
-    one = json.loads((tmp_path / "whole" / "result.json").read_text())
-    assert one["rounds"] == 6
-    assert "accuracy" in whole
+    assert kept[0]["rounds"] == 6  # the fifth was paid for, and its noise depends on seed and round only
+    assert lines[-1] == whole.replace("whole", "killed")
+    files = [(tmp_path / name / "checkpoint.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert files[0] == files[1]
+
+
+def test_a_resumed_run_has_the_settings_and_the_ledger_that_it_began_with(tmp_path):
+    """Rounds without noise, or rounds that another ledger counts, never end under a stated epsilon."""
+    list(train(job(tmp_path / "a", rounds=2, method="none"), resume=False))
+    with pytest.raises(InputError, match="method: the run was begun with none"):
+        list(train(job(tmp_path / "a", rounds=2), resume=True))
+    list(train(job(tmp_path / "b", rounds=2), resume=False))
+    (tmp_path / "b" / "ledger.json").unlink()
+    with pytest.raises(InputError, match="counts 0 releases, the checkpoint beside it has 2 rounds"):
+        list(train(job(tmp_path / "b", rounds=2), resume=True))
+    (tmp_path / "b" / "checkpoint.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        list(train(job(tmp_path / "b", rounds=2), resume=True))
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     list(train(job(tmp_path, rounds=1), resume=False))
     with pytest.raises(InputError, match="holds a run already"):
         list(train(job(tmp_path, rounds=1), resume=False))
-    with pytest.raises(InputError, match="the ledger was made for"):
+    with pytest.raises(InputError, match=r"scale: the run was begun with 16\.0"):
         list(train(job(tmp_path, rounds=1, scale=8.0), resume=True))
     report = json.loads((tmp_path / "privacy.json").read_text())
     assert report["protects"] is False
@@ -274,3 +288,27 @@ def test_files_that_are_no_vectors_are_refused(tmp_path):
     np.save(tmp_path / "d.npy", np.zeros(3))
     with pytest.raises(InputError, match="expected a table"):
         read_vectors(tmp_path / "d.npy")
+
+
+def test_an_archive_or_a_folder_in_the_way_is_found_before_anything_is_charged(tmp_path):
+    np.savez(tmp_path / "rows.npz", rows=np.ones((4, 3)))
+    archive = (tmp_path / "rows.npz").rename(tmp_path / "rows.npy")
+    with pytest.raises(InputError, match="expected one array"):
+        read_vectors(archive)
+    (tmp_path / "cut.npy").write_bytes(b"PK" + bytes(20))
+    with pytest.raises(InputError, match="no table of numbers"):
+        read_vectors(tmp_path / "cut.npy")
+    np.save(tmp_path / "v.npy", np.ones((40, 3)))
+    (tmp_path / "out" / "result.npy").mkdir(parents=True)
+    with pytest.raises(InputError, match="cannot be written"):
+        aggregate_file(
+            tmp_path / "v.npy", 8.0, 1e-2, 16.0, 1.0, tmp_path / "out",
+            bits=None, accounting="paper", ledger=tmp_path / "ledger.json", mean=False,
+        )  # fmt: skip
+    assert not (tmp_path / "ledger.json").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", -1), ("hidden", 0)])
+def test_impossible_runs_are_refused(tmp_path, field, value):
+    with pytest.raises(InputError, match=f"--{field}: expected at least"):
+        list(train(replace(job(tmp_path), **{field: value}), resume=False))

@@ -10,7 +10,8 @@ from scipy.special import ndtr, ndtri
 
 from shared_core import InputError
 from smm_dp.mechanism import Accounting, clip_mixture
-from smm_dp.packing import MAX_BITS, MIN_BITS
+from smm_dp.numeric import MU_RANGE
+from smm_dp.packing import MAX_BITS, MIN_BITS, check_bits
 from smm_dp.privacy import Accountant, AccountingWarning, Adjacency, Observer, RoundPrivacy
 from smm_dp.rdp import ORDERS, Guarantee, paper_coordinate_bound, poisson_sampled, to_epsilon
 from smm_dp.rotation import padded_dimension
@@ -57,6 +58,22 @@ def check_budget(epsilon: float, delta: float, population: int | None = None) ->
             AccountingWarning,
             stacklevel=3,
         )
+
+
+def squared_norm(scale: float, norm: float) -> float:
+    """Return c = (scale · norm)², the clip bound for vectors of an L2 norm.
+
+    Raises:
+        InputError: One of them is not positive, or the square is no finite number.
+    """
+    for field, value in (("scale", scale), ("norm", norm)):
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError("expected a positive finite number", field=field, value=value)
+    if scale * norm > 2.0**53:
+        raise InputError(
+            "scaled by this, vectors have no exact integers in float64", field="scale", value=scale
+        )
+    return (scale * norm) ** 2
 
 
 def smallest_noise(
@@ -230,8 +247,11 @@ def calibrate(
     for field, value in (("clip", clip), ("scale", scale)):
         if not (value > 0 and math.isfinite(value)):
             raise InputError("expected a positive finite number", field=field, value=value)
-    if rounds < 1:
-        raise InputError("expected at least 1", field="rounds", value=rounds)
+    for field, value in (("rounds", rounds), ("dim", dim), ("participants", participants)):
+        if value < 1:
+            raise InputError("expected at least 1", field=field, value=value)
+    if modulus_bits is not None:
+        check_bits(modulus_bits)
     d = padded_dimension(dim)
     if accounting == "numeric" and coordinate_bound is None:
         coordinate_bound = min(math.ceil(math.sqrt(clip)), math.ceil(6 * math.sqrt(clip / d)))
@@ -248,6 +268,13 @@ def calibrate(
         return to_epsilon(range(2, top + 1), rounds * round_at(mu).rdp(top), delta)
 
     def epsilon_of(mu: float) -> float:
+        if accounting == "numeric" and mu > MU_RANGE[1]:
+            raise InputError(
+                f"this budget needs noise of mu above {MU_RANGE[1]:g}, beyond numeric accounting: lower the "
+                "scale, or use paper accounting",
+                field="scale",
+                value=scale,
+            )
         try:
             return guarantee(mu).epsilon
         except InputError:  # no order is allowed at this mu: more noise is needed

@@ -99,11 +99,12 @@ def calibrate(
 ) -> None:
     """Find the least noise for a budget, and the bits that hold it."""
     from smm_dp.calibration import calibrate as find
+    from smm_dp.calibration import squared_norm
 
     found = find(
         epsilon,
         delta,
-        (scale * norm) ** 2,
+        squared_norm(scale, norm),
         scale,
         rate,
         rounds,

@@ -108,7 +108,8 @@ class PrivacyLedger:
             yield
             return
         try:
-            handle = open(self.path.with_name(self.path.name + ".lock"), "w")  # noqa: SIM115 closed below
+            place = self.path.resolve()  # two names of one file have one lock
+            handle = open(place.with_name(place.name + ".lock"), "w")  # noqa: SIM115 closed below
         except OSError as error:
             raise InputError(f"cannot be locked: {error.strerror}", file=self.path) from error
         with handle:
@@ -126,7 +127,7 @@ class PrivacyLedger:
     def _read(self) -> dict:
         try:
             data = json.loads(self.path.read_text()) if self.path else {}
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"is not a privacy ledger: {error}", file=self.path) from error
         if not isinstance(data, dict) or "history" not in data:
             raise InputError("is not a privacy ledger: it has no history", file=self.path)

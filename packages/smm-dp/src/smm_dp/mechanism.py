@@ -62,7 +62,7 @@ def clip_mixture(x: Float[np.ndarray, " d"], bound: float) -> Float64[np.ndarray
     10.0
     """
     total = float(second_moment(x).sum())
-    if total <= bound:
+    if total <= bound * (1 - _CLIP_MARGIN / 2):
         return x.astype(np.float64)
     factor = bound * (1 - _CLIP_MARGIN) / total
     return np.copysign(inverse_second_moment(second_moment(x) * factor), x)
@@ -76,7 +76,7 @@ def clip_norm(x: Float[np.ndarray, " d"], bound: float) -> Float64[np.ndarray, "
         bound: c = R² > 0, the *squared* norm allowed.
     """
     total = float(np.dot(x, x))
-    if total <= bound:
+    if total <= bound * (1 - _CLIP_MARGIN / 2):
         return x.astype(np.float64)
     return x * math.sqrt(bound * (1 - _CLIP_MARGIN) / total)
 
@@ -190,7 +190,7 @@ class SkellamMixture:
         y *= self.scale
         blocks = [y[start : start + _BLOCK] for start in range(0, y.size, _BLOCK)]
         total = math.fsum(self._moment(block) for block in blocks)
-        if total > self.clip:
+        if total > self.clip * (1 - _CLIP_MARGIN / 2):
             factor = self.clip * (1 - _CLIP_MARGIN) / total
             for block in blocks:
                 if self.accounting == "numeric":

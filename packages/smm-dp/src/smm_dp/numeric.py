@@ -36,7 +36,7 @@ class CertifiedRates:
     """D_α(without ‖ with) ≤ reverse·Σx²"""
 
 
-_MUS = (1e-9, 1e8)
+MU_RANGE = (1e-9, 1e8)
 """Skellam parameters whose sums fit in memory and in floating point."""
 
 _FINEST_BOUND = 1e-6  # below, x² and L − 1 are too small for sums of relative precision
@@ -58,9 +58,9 @@ def certified_rates(mu: float, coordinate_bound: float, max_order: int) -> Certi
     >>> bool(1.0 <= rates.forward[6] * 4 * 200 / 8 < 1.02)  # relative to Gaussian noise of the same variance
     True
     """
-    if not (_MUS[0] <= mu <= _MUS[1]):
+    if not (MU_RANGE[0] <= mu <= MU_RANGE[1]):
         raise InputError(
-            f"numeric accounting is computed for Skellam parameters in {_MUS[0]:g}..{_MUS[1]:g}",
+            f"numeric accounting is computed for Skellam parameters in {MU_RANGE[0]:g}..{MU_RANGE[1]:g}",
             field="mu",
             value=mu,
         )

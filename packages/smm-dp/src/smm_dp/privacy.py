@@ -209,7 +209,7 @@ def honest_mu(mu_each: float, participants: int, *, dropouts: int = 0, colluders
         raise InputError(
             "no honest participant is left to add noise", field="participants", value=participants
         )
-    return round(mu_each * left, 12)
+    return mu_each * left
 
 
 def _check_adjacency(first: RoundPrivacy, kind: RoundPrivacy) -> None:

@@ -45,11 +45,18 @@ class CipherSource:
         if len(key) != 32:
             raise InputError("the key of AES-256 has 32 bytes", field="key", value=len(key))
         self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._process = os.getpid()
         self.secure = secure
         self.label = label
 
     def octets(self, count: int) -> UInt8[np.ndarray, " count"]:
-        """Return `count` uniform bytes."""
+        """Return `count` uniform bytes.
+
+        Raises:
+            RuntimeError: The process was forked since: parent and child would give the same noise.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError("a cipher stream does not survive a fork: make a source in the child")
         out = np.empty(count + 15, np.uint8)  # the cipher wants room for one block less a byte
         view = memoryview(out)  # pyright: ignore[reportArgumentType] an array is a buffer since Python has them
         for start in range(0, count, len(_ZEROS)):

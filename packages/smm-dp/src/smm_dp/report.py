@@ -74,11 +74,13 @@ def privacy_report(
 
 def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write privacy.json and privacy.html to a folder; return both paths."""
-    paths = Path(folder, "privacy.json"), Path(folder, "privacy.html")
+    paths = Path(folder, REPORT_FILES[0]), Path(folder, REPORT_FILES[1])
     write_json(paths[0], report)
     write_text(paths[1], report_html(report))
     return paths
 
+
+REPORT_FILES = ("privacy.json", "privacy.html")
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;"

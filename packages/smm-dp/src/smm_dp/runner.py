@@ -1,6 +1,8 @@
 """Whole runs in one process: a file of vectors in, a private sum out; a training run that can be resumed."""
 
 import json
+import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +13,14 @@ from jaxtyping import Float, Float64
 
 from shared_core import InputError
 from shared_core.files import atomic_path, write_json
-from smm_dp.calibration import calibrate, check_modulus
+from smm_dp.calibration import calibrate, check_modulus, squared_norm
 from smm_dp.experiments import Method, Setting, build, training_release
 from smm_dp.ledger import PrivacyLedger
 from smm_dp.mechanism import Accounting, SkellamMixture
 from smm_dp.privacy import RoundPrivacy
 from smm_dp.randomness import secure_source
 from smm_dp.records import read_records
-from smm_dp.report import privacy_report, write_report
+from smm_dp.report import REPORT_FILES, privacy_report, write_report
 from smm_dp.secure_aggregation import AggregationPlan, aggregate_in_process
 
 if TYPE_CHECKING:
@@ -96,8 +98,10 @@ def read_vectors(path: Path) -> Float64[np.ndarray, "n dim"]:
             if path.suffix == ".npy"
             else np.loadtxt(path, delimiter=",", ndmin=2)
         )
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"is no table of numbers: {error}", file=path) from error
+    if not isinstance(rows, np.ndarray):
+        raise InputError("is an archive of arrays, expected one array", file=path)
     if rows.ndim != 2 or rows.dtype.kind not in "fiu" or 0 in rows.shape:
         raise InputError(
             f"expected a table, one row a participant, found shape {rows.shape} of {rows.dtype}", file=path
@@ -130,7 +134,7 @@ def aggregate_file(
     stopped.
     """
     rows = read_vectors(path)
-    clip = (scale * norm) ** 2
+    clip = squared_norm(scale, norm)
     found = calibrate(
         epsilon,
         delta,
@@ -157,6 +161,9 @@ def aggregate_file(
         rotation_seed=int(secure_source().octets(4).view(np.uint32)[0]),
     )
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("result.npy", *REPORT_FILES):  # before anything is charged
+        if (out / name).is_dir() or not os.access(out, os.W_OK):
+            raise InputError("cannot be written; nothing was released", file=out / name)
     book = PrivacyLedger(ledger, epsilon, delta, found.round_privacy)
     total, _ = secure_round(mechanism, {f"row {i}": row for i, row in enumerate(rows)}, book)
     result = total / len(rows) if mean else total
@@ -210,6 +217,26 @@ def _load(job: TrainingJob) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     return *training, torch.from_numpy(test_records), torch.from_numpy(test_classes)
 
 
+def _begin(job: TrainingJob, *, resumed: bool) -> None:
+    """Note the run's settings in its folder; a resumed run must have the same."""
+    file = job.out / "run.json"
+    settings = json.loads(json.dumps(asdict(job), default=str))
+    del settings["out"]
+    if not resumed:
+        write_json(file, settings)
+        return
+    if not file.exists():
+        raise InputError("has no run.json, which says what was run: start in another folder", file=job.out)
+    for field, value in json.loads(file.read_text()).items():
+        if settings.get(field) != value:
+            raise InputError(
+                f"the run was begun with {value}; resume it with the same settings",
+                file=file,
+                field=field,
+                value=settings.get(field),
+            )
+
+
 def train(job: TrainingJob, resume: bool) -> Iterator[str]:
     """Train, checkpointing after every round; yield lines for the user.
 
@@ -217,7 +244,7 @@ def train(job: TrainingJob, resume: bool) -> Iterator[str]:
     privacy report where the method is the Skellam mixture.
 
     Raises:
-        InputError: A setting is wrong, or the folder holds another run.
+        InputError: A setting is wrong, the folder holds another run, or its ledger and checkpoint disagree.
     """
     from smm_dp.training import FederatedTraining, accuracy, multilayer_perceptron
 
@@ -227,6 +254,9 @@ def train(job: TrainingJob, resume: bool) -> Iterator[str]:
             field="--method",
             value=job.method,
         )
+    for field, value, least in (("--seed", job.seed, 0), ("--hidden", job.hidden, 1)):
+        if value < least:
+            raise InputError(f"expected at least {least}", field=field, value=value)
     method: Method = job.method  # pyright: ignore[reportAssignmentType] checked above
     records, classes, *test = _load(job)
     sizes = (records.shape[1], job.hidden, int(classes.max()) + 1)
@@ -250,6 +280,7 @@ def train(job: TrainingJob, resume: bool) -> Iterator[str]:
     checkpoint, ledger_path = job.out / "checkpoint.safetensors", job.out / "ledger.json"
     if not resume and (checkpoint.exists() or ledger_path.exists()):
         raise InputError("holds a run already: pass --resume, or another folder", file=job.out)
+    _begin(job, resumed=checkpoint.exists() or ledger_path.exists())
     ledger = mechanism = None
     if method.startswith("smm-dp"):
         mechanism = build(method, job.scale, job.bits, setting)
@@ -266,12 +297,19 @@ def train(job: TrainingJob, resume: bool) -> Iterator[str]:
     if resume and checkpoint.exists():
         training.resume(checkpoint)
         yield f"resumed after round {training.round}"
+    paid = 0 if ledger is None else ledger.rounds - training.round
+    if paid not in (0, 1):  # one, where a run was killed between charge and checkpoint
+        raise InputError(
+            f"counts {training.round + paid} releases, the checkpoint beside it has {training.round} rounds: "
+            "they are not of one run",
+            file=ledger_path,
+        )
     release = training_release(method, setting, job.seed, scale=job.scale, bits=job.bits)
     from smm_dp.ledger import BudgetExceeded
 
     stopped, clip_rates, wrap_rates = None, [], []
     try:
-        for result in training.rounds(release, job.rounds, ledger):
+        for result in training.rounds(release, job.rounds, ledger, paid=paid):
             clip_rates.append(result.clip_rate)
             wrap_rates.append(result.wrap_rate)
             training.save(checkpoint)

@@ -223,6 +223,9 @@ class Participant:
         """
         if self._revealed:
             raise InputError("shares are revealed once: two answers could unmask somebody", field=self.name)
+        finished = finished & set(self.plan.participants)
+        if self.name not in finished:
+            raise AggregationAborted(f"{self.name}: the server says that this participant did not finish")
         near = sum(name in finished for name in self._held)
         if len(finished) < self.plan.least or near < self.plan.threshold:
             raise AggregationAborted(

@@ -66,7 +66,7 @@ def cumulative_thresholds(mu: Fraction, bits: int) -> tuple[int, list[int]]:
         bits: Precision of the result.
 
     Returns:
-        (first, thresholds): thresholds[i] is P(Z ≤ first + i)·2^bits with an error below 1, for all values
+        (first, thresholds): thresholds[i] is P(Z ≤ first + i)·2^bits with an error below 2, for all values
         but those whose tails weigh less than 2^−(bits+8).
     """
     work = bits + 96  # fixed point of the recurrence; its error stays below 2^-(bits+64), see the tests

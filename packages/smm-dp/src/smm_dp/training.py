@@ -154,9 +154,16 @@ class FederatedTraining:
         return np.flatnonzero(generator.random(len(self.inputs)) < self.sampling_rate)
 
     def rounds(
-        self, release: Release, rounds: int, ledger: PrivacyLedger | None = None
+        self, release: Release, rounds: int, ledger: PrivacyLedger | None = None, *, paid: int = 0
     ) -> Iterator[SimulatedSum]:
         """Train up to round number `rounds`, yielding each release; the ledger is charged before each.
+
+        Args:
+            release: Gives a round's estimate.
+            rounds: Number of rounds in all.
+            ledger: The ledger.
+            paid: Rounds to come that the ledger has charged already. Only where `release` gives the same
+                for the same round again, as seeded ones do: what was charged is then one release.
 
         Raises:
             BudgetExceeded: By the ledger, before the release that would exceed it.
@@ -166,8 +173,9 @@ class FederatedTraining:
 
         while self.round < rounds:
             chosen = self.participants(self.round)
-            if ledger is not None:
+            if ledger is not None and paid <= 0:
                 ledger.charge()
+            paid -= 1
             vectors = per_sample_gradients(self.model, self.inputs[chosen], self.targets[chosen])
             result = release(self.round, vectors)
             mean = result.estimate / (self.sampling_rate * len(self.inputs))
@@ -214,14 +222,18 @@ class FederatedTraining:
         """Continue from a file that `save` wrote.
 
         Raises:
-            InputError: It belongs to another model or seed.
+            InputError: It is no such file, or belongs to another model or seed.
         """
         import torch
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
         from torch.nn.utils import vector_to_parameters
 
-        state = load_file(path)
-        number, step, seed = (int(value) for value in state["round"])
+        try:
+            state = load_file(path)
+            number, step, seed = (int(value) for value in state["round"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"is not a checkpoint of a training run: {error}", file=path) from error
         if state["mean"].size != self.optimizer.dim or seed != self.seed:
             raise InputError("the checkpoint is of another model or seed", file=path)
         vector_to_parameters(torch.from_numpy(state["parameters"].copy()), self.model.parameters())
