@@ -316,3 +316,22 @@ def test_equal_clients_send_different_noise(task, monkeypatch):
     monkeypatch.setattr(SkellamMixture, "encode", spy)
     one_round(strategy_of(1.0, 1, 3), FakeGrid(3))
     assert len({payload.tobytes() for payload in sent}) == 3
+
+
+def test_colluders_noise_is_not_counted(task):
+    from shared_core import InputError
+
+    strategy, shares = strategy_of(1.0, 3, 6, colluders=2), []
+
+    class Spy(FakeGrid):
+        def reply(self, message):
+            order = json.loads(message.content["smm-dp"]["json"])
+            shares.append(order.get("mechanism", {}).get("participants"))
+            return super().reply(message)
+
+    one_round(strategy, Spy(6))
+    assert set(shares) == {None, 4}  # four honest shares of mu/4 make up mu
+    with pytest.raises(InputError, match="colluders"):
+        one_round(strategy_of(1.0, 3, 6, colluders=6), FakeGrid(6))
+    with pytest.raises(InputError, match="one constant total noise"):
+        strategy_of(0.5, 3, 6, colluders=1)

@@ -195,6 +195,8 @@ class SkellamMixtureStrategy(Strategy):
         sampling_rate: q; must be the ledger's.
         dropouts: Share of drawn clients who may vanish in a round; the others' noise then suffices. Only
             where accounting uses no amplification by sampling (rate 1, or observer="server").
+        colluders: Clients of a round who may tell the observer their noise; the noise of the others who must
+            finish then suffices. Only where accounting uses no amplification, as for dropouts.
         timeout: Seconds to wait for each stage.
         patience: Seconds to wait at most, before a round, for `population` clients to be connected.
 
@@ -211,6 +213,7 @@ class SkellamMixtureStrategy(Strategy):
         population: int,
         sampling_rate: float = 1.0,
         dropouts: float = 0.0,
+        colluders: int = 0,
         timeout: float = 600.0,
         patience: float = 30.0,
     ) -> None:
@@ -228,7 +231,14 @@ class SkellamMixtureStrategy(Strategy):
                 field="dropouts",
                 value=dropouts,
             )
-        self.inner, self.parameters, self.ledger = inner, parameters, ledger
+        if colluders < 0 or (colluders > 0 and ledger.round_privacy.effective_rate < 1):
+            raise InputError(
+                "expected at least 0; and 0 with amplification by sampling, which is proved for one constant "
+                "total noise: account with observer='server'",
+                field="colluders",
+                value=colluders,
+            )
+        self.inner, self.parameters, self.ledger, self.colluders = inner, parameters, ledger, colluders
         self.population, self.sampling_rate, self.dropouts = population, sampling_rate, dropouts
         self.timeout, self.patience = timeout, patience
         self.finished: list[tuple[str, ...]] = []
@@ -252,8 +262,14 @@ class SkellamMixtureStrategy(Strategy):
             )
             return []
         sampled, drawn = self._draw(nodes)
-        self.ledger.charge()
         least = max(2, len(drawn) - int(self.dropouts * len(drawn)))
+        if least <= self.colluders:
+            raise InputError(
+                f"only {least} clients are sure to finish: no noise is left that colluders do not know",
+                field="colluders",
+                value=self.colluders,
+            )
+        self.ledger.charge()
         self._start(server_round, drawn, least)
         server = self._aggregator
         answers = self._exchange(grid, "keys", drawn, lambda name: {})
@@ -355,7 +371,7 @@ class SkellamMixtureStrategy(Strategy):
             found.scale,
             found.modulus_bits,
             found.mu_total,
-            least,
+            least - self.colluders,
             found.coordinate_bound,
             found.round_privacy.accounting,
             rotation_seed=IntegerReader(secure_source()).below(2**31),

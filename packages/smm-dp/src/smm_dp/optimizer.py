@@ -150,7 +150,8 @@ class SMMOptimizer(torch.optim.Optimizer):
         Raises:
             BudgetExceeded: By the ledger; nothing was released, parameters are as before.
             InputError: Per-sample gradients are absent or not finite (nothing was charged), or so large that
-                the grid has no room for them (charged, nothing released).
+                the grid has no room for them (charged, nothing released). That training stopped tells that
+                there was such a record: keep it to yourself.
         """
         if closure is not None:
             with torch.enable_grad():
