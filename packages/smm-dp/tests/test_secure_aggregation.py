@@ -366,3 +366,19 @@ def test_names_that_are_not_in_the_plan_do_not_count_as_finished():
         people["client-0"].unmasking(frozenset({"client-0", "client-1", "stranger"}))
     with pytest.raises(AggregationAborted, match="this participant did not finish"):
         people["client-0"].unmasking(frozenset(names(4)) - {"client-0"})
+
+
+def test_a_forged_share_of_a_self_mask_aborts():
+    plan = AggregationPlan(names(4), 4, 8, 2)
+    server, people = exchange(plan)
+    finished = frozenset(server.finished)
+    for name, person in people.items():
+        answer = person.unmasking(finished)
+        if name == "client-2":
+            forged = {other: (index, bytes(32)) for other, (index, _) in answer.self_masks.items()}
+            answer = replace(answer, self_masks=forged)
+        server.receive_unmasking(answer)
+    with pytest.raises(AggregationAborted, match=r"self mask of client-. do not give that mask"):
+        server.result()
+    with pytest.raises(InputError, match="no commitment"):
+        Aggregator(plan).receive_keys(replace(people["client-0"].keys(), commitment=b""))

@@ -105,7 +105,7 @@ def smm_mod(msg: Message, ctx: "Context", call_next: Callable[[Message, "Context
     if stage == "keys":
         person = Participant(name, plan)
         keys = person.keys()
-        answer: dict = {"encryption": keys.encryption.hex(), "masking": keys.masking.hex()}
+        answer: dict = {part: getattr(keys, part).hex() for part in ("encryption", "masking", "commitment")}
     else:
         person = Participant.from_state(_unpack(ctx.state), plan)
         if stage == "shares":
@@ -139,7 +139,8 @@ def _octets(answer: dict[str, str]) -> dict[str, bytes]:
 
 
 def _public_keys(name: str, answer: dict[str, str]) -> PublicKeys:
-    return PublicKeys(name, bytes.fromhex(answer["encryption"]), bytes.fromhex(answer["masking"]))
+    parts = {part: bytes.fromhex(answer[part]) for part in ("encryption", "masking", "commitment")}
+    return PublicKeys(name, **parts)
 
 
 def _unmasking(name: str, answer: dict[str, Any]) -> Unmasking:

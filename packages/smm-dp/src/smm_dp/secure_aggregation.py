@@ -11,10 +11,10 @@ where there are many participants:
 4. unmasking: of every participant, survivors reveal shares of *either* the self mask (it finished) *or* the
    mask key (it dropped out), never both.
 
-The server is honest but curious: it follows the protocol, and so do participants until they drop out (one who
-forges a share of a self mask spoils the sum unnoticed). It may collude with fewer than t neighbours of a
-participant. Against a server that lies about keys or about who dropped out, participants' keys must be signed
-by a directory that they trust, which is not part of this module.
+The server is honest but curious: it follows the protocol. A participant who forges a share makes the round
+abort: rebuilt keys and masks are checked against what their owners sent first. The server may collude with
+fewer than t neighbours of a participant. Against a server that lies about keys or about who dropped out,
+participants' keys must be signed by a directory that they trust, which is not part of this module.
 """
 
 import hashlib
@@ -104,11 +104,15 @@ class AggregationPlan:
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """First message: the keys under which shares are encrypted and pairwise masks agreed."""
+    """First message: the keys under which shares are encrypted and pairwise masks agreed.
+
+    To the server it also binds the sender to its self mask: `commitment` is the seed's SHA-256.
+    """
 
     sender: str
     encryption: bytes
     masking: bytes
+    commitment: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Participant:
     def keys(self) -> PublicKeys:
         """Return the first message."""
         encryption, masking = (k.public_key().public_bytes_raw() for k in (self._encryption, self._masking))
-        return PublicKeys(self.name, encryption, masking)
+        return PublicKeys(self.name, encryption, masking, hashlib.sha256(self._self_mask).digest())
 
     def shares(self, keys: Mapping[str, PublicKeys]) -> dict[str, bytes]:
         """Return the second message: for every neighbour, its encrypted shares.
@@ -300,6 +304,8 @@ class Aggregator:
         for key in (message.encryption, message.masking):
             if not _is_public_key(key):
                 raise InputError(f"{message.sender} sent what is no X25519 key", field="keys")
+        if len(message.commitment) != _KEY:
+            raise InputError(f"{message.sender} sent no commitment to its self mask", field="keys")
         self.keys[message.sender] = message
 
     def receive_shares(self, sender: str, shares: Mapping[str, bytes]) -> None:
@@ -362,7 +368,10 @@ class Aggregator:
             )
         total = self._total.copy()
         for name in self.finished:
-            total -= _mask(self._secret(name, "self_masks"), plan, "self")
+            seed = self._secret(name, "self_masks")
+            if hashlib.sha256(seed).digest() != self.keys[name].commitment:
+                raise AggregationAborted(f"the shares of the self mask of {name} do not give that mask")
+            total -= _mask(seed, plan, "self")
         for name in self.sharers - self.finished:
             self._remove_pair_masks(name, total)
         return total & np.uint32((1 << plan.bits) - 1)
