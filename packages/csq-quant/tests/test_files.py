@@ -163,3 +163,48 @@ def test_a_loaded_model_computes_what_was_trained(tmp_path):
         found = csq.load(small_net(), tmp_path / "m.safetensors").eval()
     x, _ = images()
     assert torch.equal(final(x), found(x))
+
+
+def tampered(path, **changes):
+    """Rewrite a file with its description or tensors changed."""
+    tensors = load_file(path) | changes.pop("tensors", {})
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()["csq"]
+    save_file(tensors, path, {"csq": changes.pop("text", None) or changes.pop("edit", lambda t: t)(text)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"text": "{"}, "damaged"),
+        ({"text": "[]"}, "no object"),
+        ({"edit": lambda t: t.replace("[3,", "[1099511627776,")}, "far larger than any weight"),
+        ({"tensors": {"csq.steps": torch.tensor([float("nan")] * 2)}}, "no positive number"),
+        ({"tensors": {"csq.masks": torch.ones(1, 8, dtype=torch.uint8)}}, "damaged"),
+        ({"tensors": {"0.weight": torch.zeros(3, 4)}}, "there twice"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line_and_before_memory_is_taken(tmp_path, changes, text):
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+    path = tmp_path / "m.safetensors"
+    csq.save(hardened(net()), path)
+    csq.load(net(), path)
+    tampered(path, **changes)
+    with pytest.raises(InputError, match=text) as caught:
+        csq.load(net(), path)
+    assert "m.safetensors" in str(caught.value)
+
+
+def test_a_weight_shared_with_a_skipped_layer_is_refused():
+    """Half a tie would be two weights in training, and one again in the file's model."""
+    model = nn.ModuleDict({"emb": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["emb"].weight
+    with pytest.raises(InputError, match=r"emb: shares its weight with head"):
+        csq.parametrize(model, skip=("head",))
+    assert not csq.bit_layers(model)
+    csq.parametrize(model)
+    assert model["head"].weight is model["emb"].weight or torch.equal(
+        model["head"].weight, model["emb"].weight
+    )

@@ -202,3 +202,47 @@ class TestBatchNorm:
     def test_models_without_batchnorm_are_left_as_they_are(self):
         layer = nn.Linear(2, 2)
         assert csq.reestimate_batchnorm(layer, []) is layer
+
+
+def test_a_model_that_is_parametrized_again_reports_its_new_scheme():
+    model = csq.harden(csq.parametrize(nn.Linear(6, 5), 8, mask="fixed"))
+    again = csq.parametrize(model, 2, mask="fixed")
+    assert csq.report(again).average_bits == 2
+    final = csq.harden(again)
+    assert final.report.average_bits == csq.report(final).average_bits == 2
+
+
+def test_projecting_a_gapped_mask_warns_of_what_it_changes():
+    model = csq.parametrize(nn.Linear(40, 30), 8)
+    planes = next(iter(csq.bit_layers(model).values()))
+    with torch.no_grad():
+        planes.mask.copy_(torch.tensor([-1.0, -1, -1, 1, 1, -1, -1, 1]))
+    with pytest.warns(UserWarning, match="hardened at temperature"):
+        csq.harden(model, contiguous=True)
+
+
+def test_steps_of_lsq_are_not_decayed():
+    from csq.activations import quantize_activations
+
+    model = csq.parametrize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+    quantize_activations(model, 4, torch.randn(2, 4), method="lsq")
+    decayed, free = csq.param_groups(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert not any(names[id(p)].endswith("log_step") for p in decayed["params"])
+    assert any(names[id(p)].endswith("log_step") for p in free["params"])
+
+
+def test_a_file_for_onnx_is_not_written_from_weights_that_changed(tmp_path):
+    final = csq.harden(csq.parametrize(nn.Sequential(nn.Linear(4, 3)), 4))
+    with torch.no_grad():
+        final[0].weight.add_(1)
+    with pytest.raises(InputError, match="no longer the quantized one"):
+        csq.export_onnx(final, tmp_path / "m.onnx", torch.randn(1, 4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_settling_says_where_it_cannot_meet_the_target():
+    model = csq.parametrize(nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 1, bias=False)))
+    schedule = csq.Schedule(model, 2.5, 2, search=0.5, on_miss="settle")
+    with pytest.warns(UserWarning, match=r"settled at \d\.\d+ bits where 2\.5 were asked for"):
+        schedule.step()

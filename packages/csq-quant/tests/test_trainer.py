@@ -21,7 +21,9 @@ from csq.planes import BitPlanes
 from csq.trainer import add_schedule
 from shared_core import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the search kept fewer", "ignore:hardened at temperature")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(the search kept fewer|settled at)", "ignore:hardened at temperature"
+)
 
 EXAMPLES, BATCH, EPOCHS = 32, 8, 4
 STEPS = EXAMPLES // BATCH * EPOCHS

@@ -34,7 +34,7 @@ from shared_core import InputError
 
 pytestmark = pytest.mark.filterwarnings(
     # Runs of 24 steps are too short for a search; what is tested is not accuracy.
-    "ignore:.*the search (kept fewer|ended at)",
+    "ignore:.*(the search (kept fewer|ended at)|settled at)",
     "ignore:hardened at temperature",
 )
 

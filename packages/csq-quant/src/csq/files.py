@@ -8,6 +8,7 @@ unpickled.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from csq.hardened import attach
 from csq.parametrization import bit_layers, unwrap
-from csq.size_report import LayerReport, Report, report
+from csq.size_report import LayerReport, Report, check_unchanged, report
 from csq.storage import Packed, pack_codes, unpack_codes
 from shared_core import InputError
 from shared_core.files import atomic_path
@@ -50,7 +51,7 @@ def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, 
         raise InputError("still has soft gates; save csq.harden(model)", field="model")
     scheme = report(final)
     state = unwrap(final).state_dict()
-    _check_unchanged(scheme, state)
+    check_unchanged(final)
     quantized = {key for layer in scheme.layers for key in layer.tensors}
     tensors, shared = _without_copies({key: t for key, t in state.items() if key not in quantized})
     table = []
@@ -90,9 +91,12 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     tensors, description = _read(path)
     layers, state = [], {}
     try:
-        steps, masks = tensors.pop("csq.steps").tolist(), tensors.pop("csq.masks").bool().tolist()
         table = description["layers"]
+        _check_sizes(unwrap(model), table)  # before anything of such a size is made
+        steps, masks = tensors.pop("csq.steps").tolist(), tensors.pop("csq.masks").bool().tolist()
         for (name, *keys, shape, width, offset), step, mask in zip(table, steps, masks, strict=True):
+            if not (step > 0 and math.isfinite(step)):
+                raise ValueError(f"the step of {name} is no positive number")
             stream, codebook = tensors.pop(f"{name}.codes").numpy(), tensors.pop(f"{name}.codebook", None)
             values = None if codebook is None else codebook.numpy()
             codes = unpack_codes(Packed(stream, int(np.prod(shape)), width, offset, values)).reshape(shape)
@@ -101,8 +105,11 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
             state.update(dict.fromkeys(keys, layer.weight()))
         state.update(tensors)
         state.update({key: state[source] for key, source in description["shared"].items()})
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"is damaged: {error}", file=path) from error
+    doubled = sorted(tensors.keys() & {key for layer in layers for key in layer.tensors})
+    if doubled:
+        raise InputError("is damaged: a quantized weight is there twice", file=path, field=doubled[0])
     target = unwrap(model)
     _check_fit(target, state, path)
     target.load_state_dict(state)
@@ -115,17 +122,6 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The notes that a file was saved with; empty where there were none. Errors as for `load`."""
     return dict(_describe(path).get("notes", {}))
-
-
-def _check_unchanged(scheme: Report, state: dict[str, Tensor]) -> None:
-    for layer in scheme.layers:
-        for key in layer.tensors:
-            weight = state.get(key)
-            if weight is None or not torch.equal(weight.cpu(), layer.weight().to(weight.dtype)):
-                raise InputError(
-                    "its weight is no longer the quantized one; train the soft model and harden again",
-                    field=key,
-                )
 
 
 def _without_copies(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -154,7 +150,12 @@ def _describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"is no whole safetensors file: {error}", file=path) from error
     if FORMAT not in metadata:
         raise InputError("is no file of csq.save", file=path)
-    description = json.loads(metadata[FORMAT])
+    try:
+        description = json.loads(metadata[FORMAT])
+    except json.JSONDecodeError as error:
+        raise InputError(f"is damaged: {error}", file=path) from error
+    if not isinstance(description, dict):
+        raise InputError("is damaged: its description is no object", file=path)
     if description.get("version") != VERSION:
         raise InputError(
             f"expected format version {VERSION}; a newer csq-quant may read it",
@@ -169,6 +170,16 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
     description = _describe(path)
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, description  # noqa: SIM118 (no dict)
+
+
+def _check_sizes(model: nn.Module, table: list[Any]) -> None:
+    # Zeros have no stream, whose length would tell; a file for a wider model shall still be named as such.
+    most = 2**24 + 16 * max((tensor.numel() for tensor in model.state_dict().values()), default=0)
+    for name, *_, shape, _, _ in table:
+        if not all(isinstance(extent, int) and extent >= 0 for extent in shape):
+            raise ValueError(f"the shape of {name} is {shape}")
+        if math.prod(shape) > most:
+            raise ValueError(f"{name} of shape {tuple(shape)} is far larger than any weight of the model")
 
 
 def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:

@@ -66,16 +66,21 @@ def harden(
 def attach(model: nn.Module, made: Report) -> None:
     """Let `csq.report(model)`, and `model.report` if that name is free, give the report."""
     object.__setattr__(model, REPORT_ATTRIBUTE, made)
-    if not hasattr(model, "report"):
+    if isinstance(getattr(model, "report", None), Report) or not hasattr(model, "report"):
         object.__setattr__(model, "report", made)
 
 
 @torch.no_grad()
 def weight_gap(model: nn.Module) -> dict[str, float]:
     """How far each layer's soft weight is from its hard one: |W_soft - W_hard| / |W_soft|, by norms."""
+    return _gaps(model, tuple(hard_layers(model)))
+
+
+@torch.no_grad()
+def _gaps(model: nn.Module, layers: tuple[LayerReport, ...]) -> dict[str, float]:
     soft = bit_layers(model)
     gaps = {}
-    for layer in hard_layers(model):
+    for layer in layers:
         weight = soft[layer.name]().float().cpu()
         gaps[layer.name] = float((weight - layer.weight()).norm() / weight.norm().clamp_min(1e-30))
     return gaps
@@ -88,7 +93,7 @@ def _warn(model: nn.Module, layers: tuple[LayerReport, ...]) -> None:
             f"{', '.join(empty)}: no plane is selected, the weight is zero; see min_bits of csq.Schedule",
             stacklevel=3,
         )
-    gap = max(weight_gap(model).values())
+    gap = max(_gaps(model, layers).values())
     first = next(iter(bit_layers(model).values()))
     _, steps, _, beta_max, *_ = first.plan.tolist()
     beta, done = float(first.temperature), int(first.step)

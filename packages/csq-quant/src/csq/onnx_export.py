@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
 
 from csq.parametrization import bit_layers, unwrap
-from csq.size_report import LayerReport, report
+from csq.size_report import LayerReport, check_unchanged, report
 from shared_core import InputError
 from shared_core.files import atomic_path
 
@@ -75,6 +75,7 @@ def export_onnx(
     if wide not in ("raise", "int16"):
         raise InputError("expected raise or int16", field="wide", value=wide)
     _need("onnx", "onnxscript")
+    check_unchanged(final)
     layers = report(final).layers
     _check_widths(layers, wide, opset)
     with atomic_path(path) as temporary:  # first: a path that cannot be written should not cost an export

@@ -71,6 +71,7 @@ def parametrize(
     _check_arguments(model, n_bits, init, mask, gate_init)
     found = list(_weights(unwrap(model), tuple(skip), select))
     _check_weights(found)
+    _check_owners(unwrap(model), found)
     count = sum({id(weight): weight.numel() for *_, weight in found}.values())
     compiled = kernels.choose(kernel, count, found[0][3].device)
     made: dict[int, BitPlanes] = {}  # by the identity of the weight: tied layers share one
@@ -82,7 +83,23 @@ def parametrize(
             ).train(module.training)
             made[id(weight)] = planes
         torch_parametrize.register_parametrization(module, tensor_name, planes, unsafe=True)
+    for name in ("_csq_report", "report"):  # of an earlier hardening, which no longer holds
+        if type(vars(unwrap(model)).get(name)).__name__ == "Report":
+            object.__delattr__(unwrap(model), name)
     return model
+
+
+def _check_owners(model: nn.Module, found: list[tuple[str, nn.Module, str, Tensor]]) -> None:
+    """Refuse to take a weight from one layer and leave it, then another one, to a layer that shares it."""
+    taken = {(id(module), tensor_name) for _, module, tensor_name, _ in found}
+    names = {id(weight): name for name, _, _, weight in found}
+    for owner, module in model.named_modules():
+        for tensor_name, parameter in module._parameters.items():
+            if id(parameter) in names and (id(module), tensor_name) not in taken:
+                raise InputError(
+                    f"shares its weight with {owner or 'the model itself'}, which is not taken: skip both",
+                    field=names[id(parameter)],
+                )
 
 
 def _check_arguments(model: object, n_bits: int, init: str, mask: str, gate_init: float) -> None:
@@ -224,14 +241,16 @@ def _gates(model: nn.Module) -> list[nn.Parameter]:
 
 
 def param_groups(model: nn.Module, weight_decay: float = 5e-4) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: gates, masks and scales without weight decay, all else with it.
+    """Two groups for an optimizer: gates, masks, scales and steps without weight decay, all else with it.
 
     Decay pulls a gate towards 0, which is indecision between 0 and 1 (the official code decays everything).
     """
     gates = _gates(model)
-    known = {id(parameter) for parameter in gates}
+    # LSQ's step is learned as its logarithm: decay would pull the step to 1.
+    free = [*gates, *(p for name, p in model.named_parameters() if name.endswith("log_step"))]
+    known = {id(parameter) for parameter in free}
     rest = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
-    return [{"params": rest, "weight_decay": weight_decay}, {"params": gates, "weight_decay": 0.0}]
+    return [{"params": rest, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
 def check_param_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -22,6 +22,9 @@ from shared_core import InputError
 Finetune = Literal["hold", "reramp"]
 OnMiss = Literal["warn", "raise", "settle"]
 
+SETTLED = 0.02
+"""How far from its target, as a share of it, a settled scheme may lie without a warning."""
+
 MISS = 0.25
 """Bits between average and target from which the controller has failed."""
 REFRESH = 16
@@ -218,7 +221,7 @@ class Schedule:
         assert self.target_bits is not None
         reached = float(self._average(chosen))
         if self.on_miss == "settle":
-            return settle(
+            settled = settle(
                 chosen,
                 masks,
                 self._average,
@@ -226,6 +229,14 @@ class Schedule:
                 min_bits=self.min_bits,
                 contiguous=self.contiguous,
             )
+            reached = float(self._average(settled))
+            if abs(reached - self.target_bits) > SETTLED * self.target_bits:
+                warnings.warn(
+                    f"settled at {reached:.3f} bits where {self.target_bits:g} were asked for: no plane that "
+                    "could be switched is small enough",
+                    stacklevel=4,
+                )
+            return settled
         if abs(reached - self.target_bits) > MISS:
             direction = "raise lam or train longer" if reached > self.target_bits else "lower lam"
             message = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -161,11 +162,28 @@ def report(model: nn.Module) -> Report:
         InputError: the model is neither.
     """
     kept = getattr(unwrap(model), REPORT_ATTRIBUTE, None)
-    if isinstance(kept, Report):
-        return kept
     if not bit_layers(model):
+        if isinstance(kept, Report):
+            return kept
         raise InputError("expected a model of csq.parametrize, csq.harden or csq.load", field="model")
     return Report(tuple(hard_layers(model)), _float_parameters(model))
+
+
+def check_unchanged(model: nn.Module) -> None:
+    """Check that a hardened or loaded model still has the weights that its report describes.
+
+    Raises:
+        InputError: one is another; names it.
+    """
+    state = unwrap(model).state_dict()
+    for layer in report(model).layers:
+        for key in layer.tensors:
+            weight = state.get(key)
+            if weight is None or not torch.equal(weight.cpu(), layer.weight().to(weight.dtype)):
+                raise InputError(
+                    "its weight is no longer the quantized one; train the soft model and harden again",
+                    field=key,
+                )
 
 
 def hard_layers(model: nn.Module, contiguous: bool = False) -> Iterator[LayerReport]:
