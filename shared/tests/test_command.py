@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from shared_core import InputError
+
 APP = """
 import sys, time
 from pathlib import Path
@@ -149,3 +151,38 @@ app.command()(only)
 command.run(app, ["4"])
 """
     assert ended([sys.executable, "-c", script], "not", "these") == (0, "5\n", "")
+
+
+def test_warnings_for_the_user_are_one_line_and_others_are_not_shown(capsys):
+    import warnings
+
+    from shared_core.command import warnings_in_one_line
+
+    with warnings.catch_warnings(), warnings_in_one_line():
+        warnings.simplefilter("always")
+        warnings.warn("the batch is small", UserWarning, stacklevel=1)
+        warnings.warn("old name", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: the batch is small\n"
+
+
+def test_a_table_in_a_pipe_is_not_cut_to_80_columns(capsys):
+    from rich.table import Table
+
+    from shared_core.command import print_table
+
+    table = Table("name")
+    table.add_row("x" * 120)
+    print_table(table)
+    assert "x" * 120 in capsys.readouterr().out
+
+
+def test_a_device_is_one_that_works_here():
+    import torch
+
+    from shared_core.command import usable_device
+
+    assert usable_device("cpu") == "cpu"
+    assert usable_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(InputError, match=rf"device: no such device here .*{name}"):
+            usable_device(name)

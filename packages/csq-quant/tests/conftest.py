@@ -11,25 +11,16 @@ os.environ["CSQ_KERNEL"] = "eager"  # compiling takes seconds; test_kernels.py a
 
 import pytest
 import torch
-from hypothesis import settings
-from jaxtyping import install_import_hook
 
-# Shapes and types that annotations state are checked in every call. Installed before any test imports it.
-install_import_hook("csq", "beartype.beartype")
+from shared_core import testing
+
+testing.check_annotations("csq")
+testing.hypothesis_profile()
 
 # The models here are tiny: more threads only wait for one another, long where other work fills the cores.
 torch.set_num_threads(1)
 
-# The machines that run the tests are shared and slow at times: no law here is about speed.
-settings.register_profile("house", deadline=None, max_examples=25, derandomize=True)
-settings.load_profile("house")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # torchao 0.18, which transformers imports where it is installed, has unescaped backslashes in docstrings,
-    # of which Python warns when it first compiles them. May go when torchao has none.
-    for category in ("DeprecationWarning", "SyntaxWarning"):  # the latter from Python 3.12 on
-        config.addinivalue_line("filterwarnings", f"ignore:.*invalid escape sequence:{category}")
+pytest_configure = testing.ignore_torchao_docstrings
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +21,7 @@ from csq import cli, runs, sources, stages
 from csq.checkpoints import read_checkpoint
 from csq.settings import Settings
 from csq.training import CHECKPOINT
-from shared_core import command
+from shared_core import testing
 
 SHORT = ["--image-size", 32, "--epochs", 2, "--batch-size", 12, "--lr", 0.05, "--device", "cpu"]
 
@@ -31,12 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def run(*arguments: object) -> int:
-    """The command's exit code."""
-    with pytest.raises(SystemExit) as ended:
-        command.run(cli.app, [str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+run = partial(testing.exit_code, cli.app)
 
 
 @pytest.fixture(scope="module")

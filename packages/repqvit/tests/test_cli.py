@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -10,18 +11,13 @@ import torch
 from PIL import Image
 
 from repqvit import checkpoint, cli, recipes
-from shared_core import command
+from shared_core import testing
 
 MODEL = ["--model", "timm/test_vit", "--num-classes", "2", "--image-size", "32"]
 RANDOM = [*MODEL, "--random"]
 
 
-def run(*arguments: object) -> int:
-    """The command's exit code."""
-    with pytest.raises(SystemExit) as ended:
-        command.run(cli.app, [str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+run = partial(testing.exit_code, cli.app)
 
 
 @pytest.fixture(scope="module")

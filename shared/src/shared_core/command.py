@@ -2,13 +2,18 @@
 
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 import typer.main
 
 from shared_core.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 BAD_INPUT = 2
 INTERNAL_FAULT = 70  # sysexits.h EX_SOFTWARE; 1 means "the claim does not hold"
@@ -93,3 +98,44 @@ def _fail(message: str, debug: bool) -> NoReturn:
 def _crash() -> NoReturn:
     traceback.print_exc()
     sys.exit(INTERNAL_FAULT)
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Show warnings that are for the user as one line each on stderr, without the place in the code."""
+
+    def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+def print_table(table: "Table") -> None:
+    """Print a table on stdout: as wide as the terminal, and whole into a pipe, which has no width."""
+    from rich.console import Console
+
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
+
+
+def usable_device(name: str) -> str:
+    """Return the name of a torch device that works here; `auto` is the first GPU, or else the CPU.
+
+    Raises:
+        InputError: There is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"no such device here ({str(error).splitlines()[0]})", field="device", value=name
+        ) from error
+    return name

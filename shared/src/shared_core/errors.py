@@ -50,8 +50,12 @@ class InputError(ValueError):
 
 
 @contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
+def needs_extra(extra: str, package: str = "shared-core") -> Iterator[None]:
     """Turn a missing module, imported inside the block, into an InputError that says what to install.
+
+    Args:
+        extra: The extra that brings the module.
+        package: The distribution whose extra it is.
 
     >>> with needs_extra("plot"):
     ...     import not_there
@@ -61,6 +65,6 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "shared_core":
+        if (error.name or "").partition(".")[0] in ("shared_core", package.replace("-", "_")):
             raise  # a fault of ours, not a missing extra
-        raise InputError(f"{error.name} is not installed: pip install 'shared-core[{extra}]'") from error
+        raise InputError(f"{error.name} is not installed: pip install '{package}[{extra}]'") from error

@@ -11,8 +11,9 @@ Xiao, Yang, Dong, Keutzer, Du, Zhang: "CSQ: Growing Mixed-Precision Quantization
 Continuous Sparsification", DAC 2023, arXiv 2212.02770.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shared_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from csq.bitops import bit_operations
@@ -64,16 +65,4 @@ _HOME = {
 # Modules that are reached as attributes: csq.functional.bit_weight.
 _MODULES = ("functional", "storage")
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"csq.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'csq' has no attribute {name!r}")
-    value = getattr(import_module(f"csq.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, _MODULES)

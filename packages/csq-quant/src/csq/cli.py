@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -199,7 +195,7 @@ def train(
             asked[name] = tuple(float(part) for part in asked[name].split(","))
     if "skip" in asked:
         asked["skip"] = tuple(asked["skip"])
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         from csq import runs
         from csq.training import CHECKPOINT
 
@@ -216,7 +212,7 @@ def train(
         settings = Settings(**asked)
         images = runs.read_images(settings)
         run = runs.TrainingRun.begin(out, settings, images)
-        trained = _with_progress(run, images, _device(device))
+        trained = _with_progress(run, images, command.usable_device(device))
         ended = runs.TrainingRun.open(out)
         _finish(ended, trained.history)
 
@@ -267,7 +263,7 @@ def _finish(run: csq.runs.TrainingRun, history: list[dict[str, Any]]) -> None:
         table = Table("trained", f"{run.settings.model}, floating point")
     table.add_row("top-1 of the validation part, soft", _percent(summary["validation_top1"]))
     files.write_json(run.folder / runs.REPORT, summary)
-    _print(table)
+    command.print_table(table)
 
 
 @app.command()
@@ -285,12 +281,12 @@ def harden(
     BatchNorm is estimated anew on training images, and accuracy before and after is that of the validation
     part. A run of --method float becomes a plain state dict, for --weights.
     """
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         import csq
         from csq.evaluate import top1
         from csq.runs import TrainingRun
 
-        opened, place = TrainingRun.open(run), _device(device)
+        opened, place = TrainingRun.open(run), command.usable_device(device)
         images = None if no_data else opened.images(data)
         soft = opened.soft_model().to(place)
         accuracy = None if images is None else top1(soft, images, images.validation)
@@ -309,7 +305,7 @@ def harden(
             table.add_row("top-1 of the validation part, soft", _percent(accuracy))
             table.add_row("top-1 of the validation part, hardened", _percent(after))
             table.add_row("gap", f"{100 * (accuracy - after):+.2f} points")
-        _print(table)
+        command.print_table(table)
 
 
 def _save_float(model: Any, out: Path) -> None:
@@ -331,7 +327,7 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Show bits of each layer as bars, with paper bits, stored bits, bytes and bit operations."""
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         import csq
         from csq import runs, scheme_view
 
@@ -348,8 +344,8 @@ def inspect(
             title = f"{file.notes['model']}, {file.notes['method']}"
         report = csq.report(model)
         operations = runs.bit_operations(model, shape, activations)
-        _print(scheme_view.layer_table(report, operations))
-        _print(scheme_view.totals_table(report, operations, size))
+        command.print_table(scheme_view.layer_table(report, operations))
+        command.print_table(scheme_view.totals_table(report, operations, size))
         if png:
             scheme_view.draw(png, report, title, history, target)
         if json:
@@ -380,7 +376,7 @@ def export(
 
     They are compared on test images of --data, else on noise.
     """
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         import torch
 
         import csq
@@ -405,7 +401,7 @@ def export(
         f"largest difference in onnxruntime, {len(sample)} {'images' if data else 'draws of noise'}",
         f"{difference:.3g} of {largest:.3g}",
     )
-    _print(table)
+    command.print_table(table)
 
 
 @app.command()
@@ -418,12 +414,12 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Top-1 on the test part: of a run's soft and hardened model, of a file's model."""
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         import csq
         from csq.evaluate import top1
         from csq.runs import HardenedFile, TrainingRun
 
-        place = _device(device)
+        place = command.usable_device(device)
         table = Table("test part", "top-1", "paper bits", "stored bits", "bytes")
         rows: list[dict[str, Any]] = []
         for path in paths:
@@ -449,7 +445,7 @@ def evaluate(
                     row["bytes"] = size
                 rows.append(row | {"images": len(images.test.labels)})
                 table.add_row(name, *_cells(row))
-    _print(table)
+    command.print_table(table)
     if json:
         files.write_json(json, rows)
 
@@ -471,40 +467,6 @@ def prove(
     from csq.proof import prove as run_proof
 
     raise typer.Exit(run_proof(out, seeds, quick))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"no such device here ({str(error).splitlines()[0]})", field="device", value=name
-        ) from error
-    return name
-
-
-@contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Warnings for the user as one line each on stderr, without the place in the code."""
-
-    def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, UserWarning):
-            print(f"warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = show
-        yield
-
-
-def _print(table: Table) -> None:
-    # A pipe has no width: the whole table then, not one cut to 80 columns.
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
 
 
 def _percent(share: float | None) -> str:

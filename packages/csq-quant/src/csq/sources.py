@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from csq.resnet import CifarResNet
 from shared_core import InputError
+from shared_core.errors import needs_extra
 
 _RESNET = re.compile(r"resnet(\d+)")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -78,7 +79,7 @@ def _resnet(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
 
 
 def _torchvision(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    with _needs("torchvision", "images"):
+    with needs_extra("images", "csq-quant"):
         from torchvision import models
     short = name.partition("/")[2]
     known = models.list_models(module=models)
@@ -94,7 +95,7 @@ def _torchvision(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Mod
 
 
 def _timm(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    with _needs("timm", "timm"):
+    with needs_extra("timm", "csq-quant"):
         import timm
     short = name.partition("/")[2]
     if not timm.is_model(short):
@@ -152,7 +153,7 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
     if family(name) == "torchvision":
         return _IMAGENET
     if family(name) == "timm":
-        with _needs("timm", "timm"):
+        with needs_extra("timm", "csq-quant"):
             import timm
         config: Any = timm.get_pretrained_cfg(name.partition("/")[2])
         if config is not None and config.mean and config.std:
@@ -219,16 +220,6 @@ def _unknown(name: str, known: list[str]) -> InputError:
     close = difflib.get_close_matches(short, known, n=3)
     advice = f"; close ones: {', '.join(close)}" if close else ""
     return InputError(f"{library} has no model of this name{advice}", field="model", value=name)
-
-
-@contextmanager
-def _needs(module: str, extra: str) -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise InputError(f"{module} is not installed: pip install 'csq-quant[{extra}]'") from error
 
 
 @contextmanager

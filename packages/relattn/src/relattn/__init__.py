@@ -7,8 +7,9 @@ Xiao, Miculicich, Liu, He, Carenini: "Attend to the Right Context: A Plug-and-Pl
 Content-Controllable Summarization", arXiv 2212.10819.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shared_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from relattn.entsum import load_entsum
@@ -79,16 +80,4 @@ _MODULES = (
     "steering",
 )
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"relattn.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'relattn' has no attribute {name!r}")
-    value = getattr(import_module(f"relattn.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, _MODULES)

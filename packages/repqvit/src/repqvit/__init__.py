@@ -6,8 +6,9 @@ Li, Xiao, Yang, Gu: "RepQ-ViT: Scale Reparameterization for Post-Training Quanti
 Transformers", ICCV 2023, arXiv 2212.08254.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shared_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from repqvit.checkpoint import load
@@ -51,16 +52,4 @@ _HOME = {
 # Modules that are reached as attributes: repqvit.quantizers.UniformAffine.
 _MODULES = ("calibrate", "quantizers", "ranges", "recipes", "reparameterize", "integer")
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"repqvit.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'repqvit' has no attribute {name!r}")
-    value = getattr(import_module(f"repqvit.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, _MODULES)

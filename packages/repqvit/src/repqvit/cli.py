@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,7 +153,7 @@ def quantize(
     Several batches are calibrated as one, with less memory. The files used are recorded beside OUT, in
     OUT.json.
     """
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         from repqvit import images as image_files
         from repqvit.evaluation import float_bytes
         from repqvit.quantized import quantize as quantize_model
@@ -169,7 +166,7 @@ def quantize(
         source = _source(
             model, checkpoint, pretrained, num_classes, image_size, mean, std, needs_weights=True
         )
-        source.model.to(_device(device))
+        source.model.to(command.usable_device(device))
         chosen = image_files.calibration_files(images, count, seed)
         calibration = [batch for batch, _ in image_files.batches(chosen, source.preprocessing, batch_size)]
         begin = time.perf_counter()
@@ -224,7 +221,7 @@ def _print_summary(summary: dict[str, Any], quantized: repqvit.quantized.Quantiz
     table.add_row("bytes before", f"{before:,}")
     table.add_row("bytes after", f"{after:,} ({after / before:.3f}x)")
     table.add_row("calibration", f"{summary['calibration_seconds']:.1f} s")
-    _print(table)
+    command.print_table(table)
 
 
 @app.command(name="eval")
@@ -249,7 +246,7 @@ def evaluate(
     Without --checkpoint, --pretrained or a local transformers folder there is no floating-point model to
     compare with, and only the quantized one is measured.
     """
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         from repqvit import images as image_files
         from repqvit.evaluation import evaluate as evaluate_model
         from repqvit.evaluation import float_bytes, latency, logits_of
@@ -258,7 +255,7 @@ def evaluate(
         quantized = _loaded(source, weights)
         reference = source.model if source.weights else None
         for each in (quantized, source.model):
-            each.to(_device(device))
+            each.to(command.usable_device(device))
         data = image_files.evaluation_files(images, labels)
         one = image_files.read_image(data.files[0], source.preprocessing)[None]
         outputs = logits_of(_without_gradients(quantized, one)).shape[-1]
@@ -294,7 +291,7 @@ def evaluate(
         table.add_row("SQNR of the outputs", "", _decibels(found.sqnr_db))
     table.add_row("bytes", *(f"{size:,}" for size in numbers["bytes"].values()))
     table.add_row("ms an image, p50 / p90", *(f"{t.p50_ms:.1f} / {t.p90_ms:.1f}" for t in times))
-    _print(table)
+    command.print_table(table)
     print("The quantized column simulates integers in floating point: export the model to measure its speed.")
     if json:
         files.write_json(json, numbers)
@@ -322,7 +319,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a quantized model as ONNX with QDQ nodes, for integer arithmetic in onnxruntime and others."""
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         import torch
 
         from repqvit.images import batches, evaluation_files
@@ -354,7 +351,7 @@ def export(
         table.add_row(
             "largest difference of an output", f"{found.max_difference:.3g} of {found.max_output:.3g}"
         )
-    _print(table)
+    command.print_table(table)
 
 
 def _softmax(value: str) -> str:
@@ -385,7 +382,7 @@ def inspect(
     """Show every quantized tensor, the LayerNorm sites, and with --images each layer's error."""
     if histograms and not images:
         raise InputError("--histograms needs --images to take the ranges from")
-    with _warnings_in_one_line():
+    with command.warnings_in_one_line():
         from repqvit import images as image_files
         from repqvit import inspection
         from repqvit.evaluation import compare
@@ -393,18 +390,18 @@ def inspect(
         needs_weights = images is not None
         source = _source(model, checkpoint, pretrained, num_classes, image_size, mean, std, needs_weights)
         quantized = _loaded(source, weights)
-        _print(_tensor_table(quantized))
-        _print(_site_table(quantized))
+        command.print_table(_tensor_table(quantized))
+        command.print_table(_site_table(quantized))
         if images is None:
             return
         for each in (quantized, source.model):
-            each.to(_device(device))
+            each.to(command.usable_device(device))
         chosen = image_files.calibration_files(images, count, seed)
         batch, _ = next(iter(image_files.batches(chosen, source.preprocessing, count)))
         table = Table("output of", "kind", "SQNR dB", "cosine")
         for layer in compare(source.model, quantized, batch):
             table.add_row(layer.name, layer.kind, f"{layer.sqnr_db:.1f}", f"{layer.cosine:.4f}")
-        _print(table)
+        command.print_table(table)
         if histograms:
             drawn = inspection.draw_norms(
                 inspection.compare_norms(source.model, quantized, batch), histograms
@@ -485,20 +482,6 @@ def _loaded(source: repqvit.sources.Source, weights: Path) -> repqvit.quantized.
     return load(source.model, weights)
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"no such device here ({str(error).splitlines()[0]})", field="device", value=name
-        ) from error
-    return name
-
-
 def _without_gradients(model: repqvit.quantized.QuantizedModel, pixels: Any) -> Any:
     import torch
 
@@ -508,28 +491,8 @@ def _without_gradients(model: repqvit.quantized.QuantizedModel, pixels: Any) -> 
         return forward(model, pixels)
 
 
-@contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Warnings for the user as one line each on stderr, without the place in the code."""
-
-    def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, UserWarning):
-            print(f"warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = show
-        yield
-
-
 def _status(text: str) -> Any:
     return Console(stderr=True).status(text)
-
-
-def _print(table: Table) -> None:
-    # A pipe has no width: the whole table then, not one cut to 80 columns.
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
 
 
 def _mean_sqnr(quantized: repqvit.quantized.QuantizedModel, role: str) -> float | None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_core import InputError
+from shared_core.errors import needs_extra
 
 _NESTED = ("model", "state_dict")
 """Where checkpoints of training scripts keep the state dict."""
@@ -116,7 +117,7 @@ def load_model(spec: ModelSpec) -> Source:
 
 
 def _timm(name: str, spec: ModelSpec) -> Source:
-    with _needs("timm", "timm"):
+    with needs_extra("timm", "repqvit"):
         import timm
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
@@ -153,7 +154,7 @@ def _timm_preprocessing(model: nn.Module, spec: ModelSpec) -> Preprocessing:
 
 
 def _torchvision(name: str, spec: ModelSpec) -> Source:
-    with _needs("torchvision", "images"):
+    with needs_extra("images", "repqvit"):
         from torchvision import models
     known = models.list_models(module=models)
     if name not in known:
@@ -193,7 +194,7 @@ def _torchvision(name: str, spec: ModelSpec) -> Source:
 
 
 def _huggingface(name: str, spec: ModelSpec) -> Source:
-    with _needs("transformers", "transformers"):
+    with needs_extra("transformers", "repqvit"):
         import transformers
     local = Path(name).is_dir()
     where: dict[str, Any] = {"local_files_only": local or not spec.pretrained}
@@ -235,7 +236,7 @@ def _huggingface_preprocessing(name: str, where: dict[str, Any], spec: ModelSpec
 
     if Path(name).is_dir() and not Path(name, "preprocessor_config.json").is_file():
         return _given_preprocessing(spec)
-    with _making(spec), _needs("torchvision", "images"):
+    with _making(spec), needs_extra("images", "repqvit"):
         processor = AutoImageProcessor.from_pretrained(name, **where)
     changes: dict[str, Any] = {
         f"image_{key}": list(v) for key in ("mean", "std") if (v := getattr(spec, key))
@@ -283,7 +284,7 @@ def _own(spec: ModelSpec) -> Source:
         size = (spec.image_size, spec.image_size) if spec.image_size else None
         preprocessing = Preprocessing(transform, {"transform": repr(transform)}, image_size=size)
     elif getattr(model, "pretrained_cfg", None):
-        with _needs("timm", "timm"):
+        with needs_extra("timm", "repqvit"):
             preprocessing = _timm_preprocessing(model, spec)
     else:
         preprocessing = _given_preprocessing(spec)
@@ -300,7 +301,7 @@ def _given_preprocessing(spec: ModelSpec) -> Preprocessing:
     std = _per_channel("std", spec.std, channels)
     if channels not in (1, 3):
         raise InputError("expected 1 or 3 values, one for each channel", field="mean", value=spec.mean)
-    with _needs("torchvision", "images"):
+    with needs_extra("images", "repqvit"):
         from torchvision.transforms import v2
     transform = v2.Compose(
         [
@@ -418,16 +419,6 @@ def _unknown(library: str, name: str, known: list[str]) -> InputError:
         f"{library} has no model of this name" + (f"; close ones: {', '.join(close)}" if close else ""),
         value=name,
     )
-
-
-@contextmanager
-def _needs(module: str, extra: str) -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise InputError(f"{module} is not installed: pip install 'repqvit[{extra}]'") from error
 
 
 @contextmanager
