@@ -208,3 +208,43 @@ def test_a_weight_shared_with_a_skipped_layer_is_refused():
     assert model["head"].weight is model["emb"].weight or torch.equal(
         model["head"].weight, model["emb"].weight
     )
+
+
+class Tied(nn.Module):
+    """An embedding and a head; `tie` makes their weights one."""
+
+    def __init__(self, *, tie: bool) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        if tie:
+            self.head.weight = self.emb.weight
+
+
+def test_two_weights_do_not_silently_become_one_that_the_model_ties(tmp_path):
+    path = tmp_path / "m.safetensors"
+    csq.save(hardened(Tied(tie=False)), path)
+    tied = Tied(tie=True)
+    before = tied.emb.weight.clone()
+    with pytest.raises(
+        InputError, match=r"m\.safetensors: has different weights for emb\.weight and head\.weight, .* tied"
+    ):
+        csq.load(tied, path)
+    assert torch.equal(tied.emb.weight, before)
+
+
+@pytest.mark.parametrize("skip", [(), ("head",)])
+def test_equal_weights_load_into_one_that_the_model_ties_and_count_once(tmp_path, skip):
+    untied = Tied(tie=False)
+    with torch.no_grad():
+        untied.head.weight.copy_(untied.emb.weight)
+    final = csq.harden(csq.parametrize(untied, 8, skip=skip, mask="fixed"))
+    with torch.no_grad():
+        final.head.weight.copy_(final.emb.weight)
+    csq.save(final, tmp_path / "m.safetensors")
+    found = csq.load(Tied(tie=True), tmp_path / "m.safetensors")
+    assert torch.equal(found.emb.weight, final.emb.weight)
+    assert [layer.tensors for layer in found.report.layers] == [("emb.weight", "head.weight")]
+    assert found.report.weights == 20
+    csq.save(found, tmp_path / "again.safetensors")
+    again = csq.load(Tied(tie=True), tmp_path / "again.safetensors")
+    assert torch.equal(again.head.weight, final.emb.weight)

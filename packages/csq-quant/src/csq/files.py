@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,7 +85,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         The same model, with `report`.
 
     Raises:
-        InputError: no such file, another format or version, a damaged file, a model that does not fit it.
+        InputError: no such file, another format or version, a damaged file, a model that does not fit it, as
+            where two names of one tied weight have different weights in the file.
     """
     if bit_layers(model):
         raise InputError("has bit planes; load into a plain model", field="model")
@@ -112,6 +114,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         raise InputError("is damaged: a quantized weight is there twice", file=path, field=doubled[0])
     target = unwrap(model)
     _check_fit(target, state, path)
+    layers = _merge_tied(target, layers, state, path)
     target.load_state_dict(state)
     quantized = {key for layer in layers for key in layer.tensors}
     rest = sum(t.numel() for key, t in tensors.items() if key not in quantized and t.is_floating_point())
@@ -127,16 +130,39 @@ def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _without_copies(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors to write, and which keys are other names of them (tied parameters)."""
     kept: dict[str, Tensor] = {}
-    names: dict[Any, str] = {}
     shared: dict[str, str] = {}
-    for key, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
-        if place in names:
-            shared[key] = names[place]
-        else:
-            names[place] = key
-            kept[key] = tensor.detach().cpu().contiguous().clone()
+    for first, *others in _names_of_each(state):
+        kept[first] = state[first].detach().cpu().contiguous().clone()
+        shared.update(dict.fromkeys(others, first))
     return kept, shared
+
+
+def _names_of_each(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor: several where parameters are tied."""
+    names: dict[Any, list[str]] = {}
+    for key, tensor in state.items():
+        known = tensor.numel() and not tensor.is_meta  # else there is no memory to know it by
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if known else key
+        names.setdefault(place, []).append(key)
+    return list(names.values())
+
+
+def _merge_tied(
+    model: nn.Module, layers: list[LayerReport], state: dict[str, Tensor], path: str | os.PathLike[str]
+) -> list[LayerReport]:
+    """One layer for each weight of the model, also where the file has equal ones under several names."""
+    for first, *others in _names_of_each(model.state_dict()):
+        for other in others:
+            if not torch.equal(state[first], state[other]):
+                raise InputError(
+                    f"has different weights for {first} and {other}, which are tied in the model", file=path
+                )
+        names = {first, *others}
+        found = [layer for layer in layers if names & set(layer.tensors)]
+        if others and found:
+            merged = replace(found[0], tensors=tuple(dict.fromkeys((*found[0].tensors, first, *others))))
+            layers = [merged if layer is found[0] else layer for layer in layers if layer not in found[1:]]
+    return layers
 
 
 def _describe(path: str | os.PathLike[str]) -> dict[str, Any]:
