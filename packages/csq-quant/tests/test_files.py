@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import csq
+from csq.activations import quantize_activations
 from shared_core import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:hardened at temperature")
@@ -110,7 +111,7 @@ class TestBadFiles:
 
     def test_unknown_version(self, path):
         self.rewrite(path, version=7)
-        with pytest.raises(InputError, match=r"m\.safetensors: version: expected format version 1.*got 7"):
+        with pytest.raises(InputError, match=r"m\.safetensors: version: expected format version 2.*got 7"):
             csq.load(small_net(), path)
 
     def test_other_safetensors(self, path):
@@ -248,3 +249,60 @@ def test_equal_weights_load_into_one_that_the_model_ties_and_count_once(tmp_path
     csq.save(found, tmp_path / "again.safetensors")
     again = csq.load(Tied(tie=True), tmp_path / "again.safetensors")
     assert torch.equal(again.head.weight, final.emb.weight)
+
+
+def with_activations(method="lsq", bits=4, **more) -> nn.Module:
+    x, _ = images(8)
+    return quantize_activations(small_net(), bits, x, method, **more)
+
+
+class TestActivations:
+    @pytest.fixture(params=["lsq", "pact"])
+    def final(self, request) -> nn.Module:
+        return hardened(with_activations(request.param)).eval()
+
+    @pytest.fixture
+    def path(self, final, tmp_path):
+        csq.save(final, tmp_path / "m.safetensors")
+        return tmp_path / "m.safetensors"
+
+    def test_a_plain_model_gets_the_files_quantizers(self, final, path):
+        found = csq.load(small_net(), path).eval()
+        x, _ = images()
+        assert torch.equal(found(x), final(x))
+        for name, (bits, signed) in {"0": (8, True), "4": (4, False)}.items():
+            ours, theirs = (m.get_submodule(f"{name}.input_quantizer") for m in (found, final))
+            assert type(ours) is type(theirs)
+            assert (ours.bits, ours.signed) == (theirs.bits, theirs.signed) == (bits, signed)
+        if hasattr(theirs, "gradient_scale"):
+            assert ours.gradient_scale == theirs.gradient_scale
+
+    def test_a_model_that_has_them_keeps_them(self, final, path):
+        model = with_activations(final[0].input_quantizer.settings()["method"])
+        kept = model[0].input_quantizer
+        found = csq.load(model, path).eval()
+        assert found[0].input_quantizer is kept
+        assert len(found[0]._forward_pre_hooks) == 1
+        x, _ = images()
+        assert torch.equal(found(x), final(x))
+
+    def test_a_model_with_others_is_refused_and_left_alone(self, final, path):
+        method = final[0].input_quantizer.settings()["method"]
+        other = with_activations(method, 5)
+        before = other[0].weight.clone()
+        with pytest.raises(
+            InputError, match=rf"safetensors: 4: inputs are {method} of 4 bits, unsigned in .* of 5 bits"
+        ):
+            csq.load(other, path)
+        assert torch.equal(other[0].weight, before)
+
+    def test_a_model_with_quantizers_does_not_fit_a_file_without(self, tmp_path):
+        csq.save(hardened(small_net()), tmp_path / "m.safetensors")
+        with pytest.raises(InputError, match="0: inputs are not quantized in the file and lsq of 8 bits"):
+            csq.load(with_activations(), tmp_path / "m.safetensors")
+
+    def test_a_model_of_another_architecture_gets_no_quantizer(self, path):
+        other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        with pytest.raises(InputError, match="holds another architecture: the model has no layer 4"):
+            csq.load(other, path)
+        assert not hasattr(other[0], "input_quantizer")

@@ -111,6 +111,10 @@ class ActivationQuantizer(nn.Module):
         """The distance of neighbouring values."""
         raise NotImplementedError
 
+    def settings(self) -> dict[str, Any]:
+        """What `install_activations` makes this quantizer of, but for the range, which is learned."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         """Bits and sign, as `print(model)` shows them."""
         return f"bits={self.bits}, signed={self.signed}"
@@ -127,6 +131,10 @@ class PactQuantizer(ActivationQuantizer):
     def __init__(self, bits: int, signed: bool = False, alpha: float = 10.0) -> None:
         super().__init__(bits, signed)
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+
+    def settings(self) -> dict[str, Any]:
+        """Method, bits and sign."""
+        return {"method": "pact", "bits": self.bits, "signed": self.signed}
 
     @property
     def scale(self) -> Float[Tensor, ""]:
@@ -150,7 +158,12 @@ class LsqQuantizer(ActivationQuantizer):
     def __init__(self, bits: int, signed: bool = False, step: float = 1.0, features: int = 1) -> None:
         super().__init__(bits, signed)
         self.log_step = nn.Parameter(torch.tensor(float(step)).log())
+        self.features = features
         self.gradient_scale = 1 / math.sqrt(features * self.high)
+
+    def settings(self) -> dict[str, Any]:
+        """Method, bits, sign and features."""
+        return {"method": "lsq", "bits": self.bits, "signed": self.signed, "features": self.features}
 
     @property
     def scale(self) -> Float[Tensor, ""]:
@@ -276,12 +289,28 @@ def install_activations(model: nn.Module, plan: Mapping[str, Mapping[str, Any]])
             f"has no layer {', '.join(sorted(missing))}", field="model", value=type(model).__name__
         )
     for name, settings in plan.items():
-        kinds = {"pact": PactQuantizer, "lsq": LsqQuantizer}
-        quantizer = kinds[settings["method"]](**{k: v for k, v in settings.items() if k != "method"})
         device = next((p.device for p in modules[name].parameters()), None)
-        modules[name].add_module("input_quantizer", quantizer.to(device))
+        modules[name].add_module("input_quantizer", make_quantizer(settings).to(device))
         modules[name].register_forward_pre_hook(_quantize_input)
     return model
+
+
+def make_quantizer(settings: Mapping[str, Any]) -> ActivationQuantizer:
+    """Return the quantizer that an entry of a plan stands for."""
+    kinds = {"pact": PactQuantizer, "lsq": LsqQuantizer}
+    return kinds[settings["method"]](**{k: v for k, v in settings.items() if k != "method"})
+
+
+def activation_plan(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the quantizers that a model has, by layer, as `install_activations` takes them.
+
+    Ranges, which are parameters, are left out: a state dict has them.
+    """
+    return {
+        name: quantizer.settings()
+        for name, module in model.named_modules()
+        if isinstance(quantizer := getattr(module, "input_quantizer", None), ActivationQuantizer)
+    }
 
 
 def _takes_activations(module: nn.Module) -> bool:

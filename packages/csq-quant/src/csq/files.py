@@ -1,8 +1,8 @@
 """A hardened model in a file: integers at their stored width, the rest as it is, safetensors throughout.
 
 For each quantized weight the file has one bit stream `<name>.codes` (and `<name>.codebook` where that is
-smaller); `csq.steps` and `csq.masks` have a row a layer. The metadata says how to read them, and nothing is
-unpickled.
+smaller); `csq.steps` and `csq.masks` have a row a layer. The metadata says how to read them and which inputs
+are quantized; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from csq.activations import activation_plan, install_activations, make_quantizer
 from csq.hardened import attach
 from csq.parametrization import bit_layers, unwrap
 from csq.size_report import LayerReport, Report, check_unchanged, report
@@ -31,7 +32,7 @@ from shared_core.files import atomic_path
 Model = TypeVar("Model", bound=nn.Module)
 
 FORMAT = "csq"
-VERSION = 1
+VERSION = 2
 
 
 def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> int:
@@ -64,7 +65,8 @@ def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, 
         table.append([layer.name, *layer.tensors, list(layer.shape), packed.width, packed.offset])
     tensors["csq.steps"] = torch.tensor([layer.step for layer in scheme.layers], dtype=torch.float32)
     tensors["csq.masks"] = torch.tensor([layer.mask for layer in scheme.layers], dtype=torch.uint8)
-    description = {"version": VERSION, "layers": table, "shared": shared}
+    activations = activation_plan(unwrap(final))
+    description = {"version": VERSION, "layers": table, "shared": shared, "activations": activations}
     if notes:
         description["notes"] = dict(notes)
     # One entry: safetensors writes several in no fixed order, and equal models shall make equal files.
@@ -78,7 +80,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     """Fill a plain model (torchvision, timm, transformers or any other) with a file's weights, exactly.
 
     Args:
-        model: of the architecture that was saved, as before `csq.parametrize`; changed in place.
+        model: of the architecture that was saved, as before `csq.parametrize`; changed in place. The file's
+            activation quantizers are put in, unless the model has the same ones already.
         path: a file of `csq.save`.
 
     Returns:
@@ -113,8 +116,10 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     if doubled:
         raise InputError("is damaged: a quantized weight is there twice", file=path, field=doubled[0])
     target = unwrap(model)
-    _check_fit(target, state, path)
+    plan = _missing_quantizers(target, description["activations"], path)
+    _check_fit(target, state, plan, path)
     layers = _merge_tied(target, layers, state, path)
+    install_activations(target, plan)
     target.load_state_dict(state)
     quantized = {key for layer in layers for key in layer.tensors}
     rest = sum(t.numel() for key, t in tensors.items() if key not in quantized and t.is_floating_point())
@@ -208,8 +213,45 @@ def _check_sizes(model: nn.Module, table: list[Any]) -> None:
             raise ValueError(f"{name} of shape {tuple(shape)} is far larger than any weight of the model")
 
 
-def _check_fit(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+def _missing_quantizers(
+    model: nn.Module, plan: dict[str, dict[str, Any]], path: str | os.PathLike[str]
+) -> dict[str, dict[str, Any]]:
+    """The plan of a file, for a model without quantizers; nothing, for one that has these."""
+    own = activation_plan(model)
+    if not own:
+        return plan
+    for name in sorted(own.keys() | plan.keys()):
+        # Features only scale the gradient of LSQ's step: a network for another image size has others.
+        here, there = ({**p.get(name, {}), "features": None} for p in (own, plan))
+        if here != there:
+            raise InputError(
+                f"{name}: inputs are {_quantizer_words(plan.get(name))} in the file and "
+                f"{_quantizer_words(own.get(name))} in the model; load into a model without quantizers",
+                file=path,
+            )
+    return {}
+
+
+def _quantizer_words(settings: dict[str, Any] | None) -> str:
+    if settings is None:
+        return "not quantized"
+    return f"{settings['method']} of {settings['bits']} bits, {'' if settings['signed'] else 'un'}signed"
+
+
+def _check_fit(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    plan: dict[str, dict[str, Any]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Check names and shapes of a model that will have the plan's quantizers."""
+    modules = dict(model.named_modules())
+    if absent := sorted(plan.keys() - modules.keys()):
+        raise InputError(f"holds another architecture: the model has no layer {absent[0]}", file=path)
     own = model.state_dict()
+    for name, settings in plan.items():
+        prefix = f"{name}.input_quantizer." if name else "input_quantizer."
+        own |= make_quantizer(settings).state_dict(prefix=prefix)
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
         f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"

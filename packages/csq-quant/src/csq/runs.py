@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 import csq
 from csq import sources
-from csq.activations import install_activations
 from csq.checkpoints import Checkpoint, read_checkpoint
 from csq.data import ImageData, PixelSplit, load_images
 from csq.files import load, read_notes
@@ -281,7 +280,6 @@ class HardenedFile:
             raise InputError("does not name its model: use csq.load in Python", file=path)
         channels, height, width = notes["shape"]
         model = sources.build(notes["model"], len(notes["classes"]), (channels, height, width))
-        install_activations(model, notes["activations"])
         return cls(path, load(model, path).eval(), notes)
 
     def images(self, data: str) -> ImageData:
