@@ -1,17 +1,13 @@
 """The command: `rlogist demo-slides | segment | extract | train | predict | evaluate | report | prove`."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from rlogist.cli_options import Backend, EncoderOptions, FolderOptions, SlideOptions, with_options
 from shared_core.command import BAD_INPUT, run
-
-if TYPE_CHECKING:
-    from rlogist.slide_jobs import Opening
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,27 +18,8 @@ app = typer.Typer(
 
 # Torch, OpenSlide and all that needs them are imported inside the commands: help answers at once.
 
-
-class Backend(StrEnum):
-    """What runs many slides side by side."""
-
-    PROCESS = "process"
-    RAY = "ray"
-
-
 Slides = Annotated[Path, typer.Argument(help="a slide, or a folder of slides (searched to any depth)")]
 Out = Annotated[Path, typer.Option(help="folder for results")]
-ScanMpp = Annotated[float, typer.Option(help="microns per pixel of the scan; 2.0 is 5x")]
-DeepMpp = Annotated[float, typer.Option(help="microns per pixel of the deep look; 0.5 is 20x")]
-Patch = Annotated[int, typer.Option(min=16, help="side of a patch in pixels, at both magnifications")]
-Mpp = Annotated[float | None, typer.Option(help="microns per pixel of level 0, where files do not state it")]
-Threshold = Annotated[int, typer.Option(min=0, max=255, help="saturation above which a pixel is tissue")]
-Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold of each slide in the fixed one's place")]
-TissueArea = Annotated[
-    float, typer.Option(min=0, help="least area of a piece of tissue, in 512 x 512 level-0 squares")
-]
-Jobs = Annotated[int, typer.Option(min=1, help="processes; on a cluster, what Ray may use on this machine")]
-BackendOption = Annotated[Backend, typer.Option(help="ray: the cluster of `ray start`, extra [ray]")]
 
 
 def main() -> None:
@@ -51,61 +28,37 @@ def main() -> None:
 
 
 @app.command()
-def segment(
-    slides: Slides,
-    out: Out,
-    scan_mpp: ScanMpp = 2.0,
-    deep_mpp: DeepMpp = 0.5,
-    patch: Patch = 256,
-    mpp: Mpp = None,
-    threshold: Threshold = 8,
-    otsu: Otsu = False,
-    tissue_area: TissueArea = 100.0,
-    jobs: Jobs = 1,
-    backend: BackendOption = Backend.PROCESS,
-) -> int:
+@with_options
+def segment(slides: Slides, out: Out, opened: SlideOptions, folder: FolderOptions) -> int:
     """Find tissue and lay the region grid; writes a picture, JSON, and GeoJSON for QuPath for each slide."""
-    from rlogist.slide_jobs import segment_slide
+    from rlogist.slide_jobs import Job, segment_slide
 
-    opening = _opening(scan_mpp, deep_mpp, patch, mpp, threshold, otsu, tissue_area)
-    return _run_folder(segment_slide, slides, out, opening, None, jobs, backend)
+    opening = opened.opening()
+    return _run_folder(segment_slide, slides, out, lambda path, to: Job(path, to, opening), folder)
 
 
 @app.command()
+@with_options
 def extract(
     slides: Slides,
     out: Out,
+    encoder: EncoderOptions,
+    opened: SlideOptions,
+    folder: FolderOptions,
     extractor: Annotated[
         str, typer.Option(help="resnet50, stain, timm/NAME, hf/NAME-OR-FOLDER or module:callable")
     ] = "resnet50",
-    weights: Annotated[
-        Path | None, typer.Option(help="state dict of the encoder, .safetensors", exists=True, dir_okay=False)
-    ] = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained/--random", help="the library's weights, or random ones")
-    ] = True,
     deep: Annotated[
         bool, typer.Option("--deep/--scan-only", help="read every region at depth too, for training")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="patches a forward pass")] = 32,
-    scan_mpp: ScanMpp = 2.0,
-    deep_mpp: DeepMpp = 0.5,
-    patch: Patch = 256,
-    mpp: Mpp = None,
-    threshold: Threshold = 8,
-    otsu: Otsu = False,
-    tissue_area: TissueArea = 100.0,
-    jobs: Jobs = 1,
-    backend: BackendOption = Backend.PROCESS,
 ) -> int:
     """Extract features to HDF5, one file a slide; run again to go on where it was interrupted."""
-    from rlogist.slide_jobs import Encoding, extract_slide
+    from rlogist.slide_jobs import Job, extract_slide
 
-    encoding = Encoding(extractor, pretrained, weights, device, batch_size, deep)
+    encoding = encoder.encoding(extractor, deep)
     encoding.load()  # what is wrong with the extractor is wrong for every slide: said once, before any work
-    opening = _opening(scan_mpp, deep_mpp, patch, mpp, threshold, otsu, tissue_area)
-    return _run_folder(extract_slide, slides, out, opening, encoding, jobs, backend)
+    opening = opened.opening()
+    return _run_folder(extract_slide, slides, out, lambda path, to: Job(path, to, opening, encoding), folder)
 
 
 @app.command("demo-slides")
@@ -115,13 +68,14 @@ def demo_slides(
     slides_per_patient: Annotated[int, typer.Option(min=1, help="slides of one patient")] = 2,
     size: Annotated[int, typer.Option(min=1024, help="side of a slide in pixels, a multiple of 256")] = 4096,
     seed: Annotated[int, typer.Option(min=0, help="which slides")] = 0,
-    jobs: Jobs = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="processes")] = 1,
 ) -> None:
     """Generate slides of real H&E texture whose lesions only a deep look tells apart, with labels."""
     from rlogist.demo_slides import DemoWorld, make_demo_slides
+    from rlogist.progress import counting
 
     world = DemoWorld(size=size)
-    with _progress("slides") as report:
+    with counting("slides") as report:
         made = make_demo_slides(out, slides, slides_per_patient, seed, world, jobs, report)
     positive = sum(slide.label for slide in made)
     typer.echo(
@@ -191,6 +145,7 @@ def train(
     from rlogist.model import RLogist
     from rlogist.modules import Architecture
     from rlogist.ppo import PPOSettings
+    from rlogist.progress import training
     from rlogist.rewards import default_discount
     from rlogist.staged import StagedSettings
 
@@ -211,7 +166,7 @@ def train(
     model.opening = {} if made["patch_size"] is None else {"patch": int(made["patch_size"])}
     out.mkdir(parents=True, exist_ok=True)
     discount = default_discount(reward.value)  # pyright: ignore[reportArgumentType]
-    with _training(out / "tensorboard" if tensorboard else None) as on_epoch:
+    with training(out / "tensorboard" if tensorboard else None) as on_epoch:
         model.fit(
             bags,
             held,
@@ -226,22 +181,16 @@ def train(
 
 
 @app.command()
+@with_options
 def predict(
     slides: Slides,
     model: Model,
     out: Out,
+    opened: SlideOptions,
+    folder: FolderOptions,
     rho: Rho = None,
     strategy: Annotated[StrategyOption, typer.Option(help="how regions are chosen")] = StrategyOption.POLICY,
     html: Annotated[bool, typer.Option("--html", help="a page and GeoJSON for each slide too")] = False,
-    scan_mpp: ScanMpp = 2.0,
-    deep_mpp: DeepMpp = 0.5,
-    patch: Annotated[int | None, typer.Option(min=16, help="side of a patch; the trained one")] = None,
-    mpp: Mpp = None,
-    threshold: Threshold = 8,
-    otsu: Otsu = False,
-    tissue_area: TissueArea = 100.0,
-    jobs: Jobs = 1,
-    backend: BackendOption = Backend.PROCESS,
 ) -> int:
     """Read slides with a trained agent; writes class, path and ledger of each as JSON."""
     from functools import partial
@@ -251,10 +200,9 @@ def predict(
 
     if rho is not None:
         check_rho(rho)
-    side = patch or int(load_model(model).opening.get("patch", 256))
-    opening = _opening(scan_mpp, deep_mpp, side, mpp, threshold, otsu, tissue_area)
-    job = partial(AgentJob, model=model, rho=rho, strategy=strategy.value, report=html)
-    return _run_folder(predict_slide, slides, out, opening, None, jobs, backend, job)
+    opening = opened.opening(load_model(model).opening)
+    job = partial(AgentJob, opening=opening, model=model, rho=rho, strategy=strategy.value, report=html)
+    return _run_folder(predict_slide, slides, out, job, folder)
 
 
 @app.command()
@@ -278,33 +226,26 @@ def evaluate(
 
 
 @app.command()
+@with_options
 def report(
     slide: Annotated[Path, typer.Argument(help="a slide", exists=True, dir_okay=False)],
     model: Model,
     out: Annotated[Path, typer.Option(help="the .html file; the GeoJSON is written beside it")],
+    opened: SlideOptions,
     rho: Rho = None,
     exhaustive: Annotated[
         bool, typer.Option("--exhaustive", help="read the whole slide too, and show its attention")
     ] = False,
-    scan_mpp: ScanMpp = 2.0,
-    deep_mpp: DeepMpp = 0.5,
-    patch: Annotated[int | None, typer.Option(min=16, help="side of a patch; the trained one")] = None,
-    mpp: Mpp = None,
-    threshold: Threshold = 8,
-    otsu: Otsu = False,
-    tissue_area: TissueArea = 100.0,
 ) -> None:
     """Read a slide and show the path, the probabilities and the reads on one page."""
     from rlogist.agent_jobs import load_model
     from rlogist.report import write_report
 
     trained = load_model(model)
-    side = patch or int(trained.opening.get("patch", 256))
-    opening = _opening(scan_mpp, deep_mpp, side, mpp, threshold, otsu, tissue_area)
-    with opening.open(slide) as opened:
-        found = trained.predict(opened, rho=rho)
-        whole = trained.predict(opened, strategy="exhaustive") if exhaustive else None
-        write_report(out, opened, found, whole)
+    with opened.opening(trained.opening).open(slide) as reading:
+        found = trained.predict(reading, rho=rho)
+        whole = trained.predict(reading, strategy="exhaustive") if exhaustive else None
+        write_report(out, reading, found, whole)
     typer.echo(f"{slide}: {found.label or found.status}, {found.looks} looks, {out}")
 
 
@@ -321,116 +262,26 @@ def prove(
     return run_proof(out, range(1 if quick and seeds == 3 else seeds), quick, jobs)
 
 
-def _opening(
-    scan_mpp: float,
-    deep_mpp: float,
-    patch: int,
-    mpp: float | None,
-    threshold: int,
-    otsu: bool,
-    tissue_area: float,
-) -> Opening:
-    from rlogist.slide_jobs import Opening
-    from rlogist.tissue import Segmentation
+def _run_folder(work: Any, slides: Path, out: Path, job: Any, folder: FolderOptions) -> int:
+    """Work on all slides, say what became of each, and give the exit code."""
+    from rlogist.progress import counting
+    from rlogist.slide_jobs import run_folder
 
-    settings = Segmentation(threshold=threshold, otsu=otsu, tissue_area=tissue_area)
-    return Opening(scan_mpp, deep_mpp, patch, mpp, settings)
-
-
-def _run_folder(
-    work: Any,
-    slides: Path,
-    out: Path,
-    opening: Opening,
-    encoding: Any,
-    jobs: int,
-    backend: Backend,
-    job: Any = None,
-) -> int:
-    from rlogist.slide_jobs import Job, run_folder
-
-    with _progress("slides") as report:
-        paths, done = run_folder(
-            work,
-            slides,
-            out,
-            opening,
-            encoding,
-            jobs,
-            "ray" if backend is Backend.RAY else "process",
-            report,
-            job or Job,
-        )
-    failed = [one for one in done if one.error]
+    backend = "ray" if folder.backend is Backend.RAY else "process"
+    with counting("slides") as report:
+        paths, done = run_folder(work, slides, out, job, folder.jobs, backend, report)
     for path, one in zip(paths, done, strict=True):
         if one.error is None:
             typer.echo(f"{path}: {one.result['status']}, {one.result['regions']} regions")
             for message in one.result["messages"]:
                 typer.echo(f"  {message}", err=True)
+    failed = [one for one in done if one.error]
     for one in failed:
         if one.fault:
             typer.echo(one.fault, err=True)
     if failed:
         typer.echo(f"{len(failed)} of {len(done)} slides failed:", err=True)
         for one in failed:
-            named = (
-                one.error if str(paths[one.index]) in str(one.error) else f"{paths[one.index]}: {one.error}"
-            )
-            typer.echo(f"  {named}", err=True)
+            path, error = str(paths[one.index]), str(one.error)
+            typer.echo(f"  {error if path in error else f'{path}: {error}'}", err=True)
     return BAD_INPUT if failed else 0
-
-
-def _progress(what: str) -> Any:
-    """A context that gives a function of (done, all), which moves a bar on stderr."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextmanager
-    def shown():
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        hidden = not console.is_terminal  # a log file gets the lines of the slides, and no blank ones
-        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-
-    return shown()
-
-
-def _training(tensorboard: Path | None) -> Any:
-    """A context that gives an `on_epoch` with a bar a stage on stderr, and TensorBoard's scalars if asked."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from rlogist.training_run import TensorBoard
-
-    @contextmanager
-    def shown():
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("stage {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        writer = None if tensorboard is None else TensorBoard(tensorboard)
-        tasks: dict[str, Any] = {}
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-
-            def on_epoch(stage: str, done: int, total: int, scalars: dict[str, float]) -> None:
-                task = tasks.setdefault(stage, None)
-                if task is None:
-                    task = tasks[stage] = bar.add_task(stage, total=total)
-                bar.update(task, completed=done)
-                if writer is not None:
-                    writer(stage, done, total, scalars)
-
-            yield on_epoch
-        if writer is not None:
-            writer.close()
-
-    return shown()

@@ -152,16 +152,23 @@ def run_folder(
     work: Callable[[Any], dict[str, object]],
     slides: Path,
     out: Path,
-    opening: Opening,
-    encoding: Encoding | None = None,
+    job: Callable[[Path, Path], Job],
     jobs: int = 1,
     backend: Literal["process", "ray"] = "process",
     progress: Callable[[int, int], None] | None = None,
-    job: Callable[[Path, Path, Opening, Encoding | None], Job] = Job,
 ) -> tuple[list[Path], list[Done]]:
     """Do the same with a slide or all slides under a folder; results mirror the folder's structure in `out`.
 
     `out/slides.csv` lists slide, status, regions and error of each.
+
+    Args:
+        work: What is done with one job.
+        slides: A slide or a folder.
+        out: Folder for results.
+        job: Makes a job of a slide and the path of its results without a suffix.
+        jobs: Processes.
+        backend: As in `run_all`.
+        progress: Called with (slides done, slides in all).
 
     Returns:
         The slides, and what became of each.
@@ -175,7 +182,7 @@ def run_folder(
     names = [path.relative_to(root).with_suffix("") for path in paths]
     if len(set(names)) < len(names):  # a.svs beside a.tif
         names = [path.relative_to(root) for path in paths]
-    tasks = [job(path, out / name, opening, encoding) for path, name in zip(paths, names, strict=True)]
+    tasks = [job(path, out / name) for path, name in zip(paths, names, strict=True)]
     done = run_all(work, tasks, jobs=jobs, backend=backend, progress=progress)
     files.write_text(out / "slides.csv", _table(paths, done))
     return paths, done
