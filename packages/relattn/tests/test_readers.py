@@ -188,6 +188,18 @@ def test_entsum_joins_annotations_with_articles(tmp_path):
     assert found[2].document == "First p.\n\nSecond."
 
 
+def test_entsum_joins_the_sentences_of_one_summary(tmp_path):
+    (tmp_path / "12.txt").write_text("text")
+    rows = [
+        {"doc_id": 12, "entity": "Ann", "summary_sentences": ["She left.", "She came back."]},
+        {"doc_id": 12, "entity": "Bob", "summaries": ["He stayed.", "He did not go."]},
+    ]
+    found = load_entsum(write_lines(tmp_path / "a.jsonl", map(json.dumps, rows)), tmp_path)
+    assert [(e.control, e.summary) for e in found] == [
+        (("Ann",), "She left. She came back."), (("Bob",), "He stayed."), (("Bob",), "He did not go."),
+    ]  # fmt: skip
+
+
 def test_entsum_fails_with_the_names_that_it_found(tmp_path):
     (tmp_path / "12.txt").write_text("text")
     path = write_lines(tmp_path / "a.jsonl", [json.dumps({"doc": 12, "who": "Ann", "gold": "s"})])

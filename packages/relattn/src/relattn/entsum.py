@@ -22,7 +22,8 @@ class EntsumFields:
     Attributes:
         document_id: The article's id, which is the name of its file.
         entity: What the summary is about.
-        summary: The summary, or a list of them (or of its sentences' texts).
+        summary: The summary, or a list of them. In a field named `summary_sentences` a list holds the
+            sentences of one summary.
     """
 
     document_id: str | None = None
@@ -36,6 +37,7 @@ _CANDIDATES: Mapping[str, Sequence[str]] = {
     "entity": ("entity", "entity_name", "entity_text", "entity_mention"),
     "summary": ("summary", "summaries", "entity_summary", "summary_text", "summary_sentences"),
 }
+_SENTENCES = "summary_sentences"  # its list is one summary, that of the others is several
 
 
 def load_entsum(
@@ -66,7 +68,10 @@ def load_entsum(
         entity = row[_field(row, "entity", names.entity)]
         if not isinstance(entity, str) or not entity.strip():
             raise InputError("expected an entity's name", field="entity", value=entity)
-        summaries = _summaries(row[_field(row, "summary", names.summary)])
+        name = _field(row, "summary", names.summary)
+        summaries = _summaries(row[name])
+        if name == _SENTENCES:
+            summaries = [" ".join(summaries)]
         if document_id not in places:
             raise InputError(
                 f"article {document_id} is missing: expected {document_id}.txt or .xml in {folder}"
