@@ -129,6 +129,13 @@ def test_eval_scores_resumes_and_refuses_to_mix(folder, data, tmp_path, capsys):
     assert "give --resume" in capsys.readouterr().err
     assert run(*arguments, "--weight", "0.3", "--resume") == 2
     assert "other settings (weight)" in capsys.readouterr().err
+    copy = data.with_name("copy.jsonl")
+    copy.write_text(data.read_text().replace("water", "river"))
+    swapped = [copy if argument == data else argument for argument in arguments]
+    assert run(*swapped, "--resume") == 2
+    assert "other settings (data)" in capsys.readouterr().err
+    recorded = json.loads((tmp_path / "e" / "results.jsonl.settings.json").read_text())
+    assert (recorded["data"], recorded["format"], recorded["split"]) == (str(data), "jsonl", "test")
     assert run(*arguments, "--resume") == 0
     found = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert found["examples"] == 10

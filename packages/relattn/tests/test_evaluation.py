@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,21 @@ def test_a_file_is_not_overwritten_and_other_settings_do_not_mix(tmp_path: Path)
     with pytest.raises(InputError, match=r"was written with other settings \(weight\)"):
         evaluate(EXAMPLES, echo, file, {"model": "m", "weight": 0.2}, resume=True)
     assert len(read_results(file)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"document": "new"}, {"control": ("new",)}, {"summary": "new"}, {"other_summaries": ("new",)},
+     {"document_id": "new"}],
+)  # fmt: skip
+def test_resuming_about_other_data_of_the_same_ids_is_refused(tmp_path: Path, change):
+    file = tmp_path / "r.jsonl"
+    evaluate(EXAMPLES[:3], echo, file, {"model": "m"})
+    before = file.read_text()
+    changed = [EXAMPLES[0], replace(EXAMPLES[1], **change), *EXAMPLES[2:]]
+    with pytest.raises(InputError, match=r"r.jsonl: was written about other data: the example 'e1' has"):
+        evaluate(changed, echo, file, {"model": "m"}, resume=True)
+    assert file.read_text() == before
 
 
 def test_damage_inside_the_file_is_an_error_and_not_skipped(tmp_path: Path):

@@ -221,6 +221,8 @@ def evaluate(
         weight=None if weight is None else float(weight), batch_size=batch_size, generate=options
     )
     recorded = {
+        "data": None if data is None else str(data), "format": format, "split": split,
+        "articles": None if articles is None else str(articles),
         "model": model, "method": method, "weight": weight, "temperature": temperature,
         "module": None if module is None else str(module), "generate": options, "max_source": max_source,
     }  # fmt: skip
@@ -342,7 +344,7 @@ def prove(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller run that takes seconds.")] = False,
 ) -> None:
     """Show on embedded data whether the paper's claim holds; exit code 0 where it does, 1 where not."""
-    from relattn.proof import prove as run_proof  # pyright: ignore[reportMissingImports]
+    from relattn.proof import prove as run_proof
 
     raise typer.Exit(run_proof(out, seeds, quick))
 

@@ -1,10 +1,11 @@
 """Long evaluations: finished examples are on disk at once, and a killed run goes on where it stopped."""
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Finished:
     Attributes:
         id: The example's.
         document_id: The document's.
+        example: Hash of document, control and references: an equal id alone does not make an equal example.
         summary: What the method wrote.
         weight: Its steering weight; None where it has none.
         scores: Its metrics.
@@ -36,6 +38,7 @@ class Finished:
 
     id: str
     document_id: str
+    example: str
     summary: str
     weight: float | None
     scores: dict[str, float]
@@ -60,8 +63,8 @@ def evaluate(
         examples: What to summarize.
         summarize: The method.
         results: A JSON Lines file. Beside it, NAME.settings.json records the settings.
-        settings: What the summaries depend on: model, method, decoding. Resuming checks that they are the
-            same.
+        settings: What the summaries depend on: model, method, decoding, and where the data come from.
+            Resuming checks that they are the same.
         score: What to measure; all of `relattn.metrics` by default.
         batch_size: Examples a call of `summarize`.
         resume: Keep what the file holds, by id, and do the rest.
@@ -71,13 +74,21 @@ def evaluate(
         One line for each example, in the order of `examples`.
 
     Raises:
-        InputError: The file exists and `resume` is off; it was written with other settings; or it is damaged
-            elsewhere than in its last line (which a killed run may leave cut; it is dropped).
+        InputError: The file exists and `resume` is off; it was written with other settings, or about another
+            example of the same id; or it is damaged elsewhere than in its last line (which a killed run may
+            leave cut; it is dropped).
     """
     if batch_size < 1:
         raise InputError("expected 1 or more", field="batch_size", value=batch_size)
     file = Path(results)
     done = _start(file, settings, resume)
+    for example in examples:
+        if example.id in done and done[example.id].example != _hash(example):
+            raise InputError(
+                f"was written about other data: the example {example.id!r} has another document, control or"
+                " reference there",
+                file=file,
+            )
     todo = [example for example in examples if example.id not in done]
     if on_done is not None:
         on_done(len(examples) - len(todo))
@@ -151,6 +162,10 @@ def _batch(examples: Sequence[Example], summarize: Summarize, score: ScoreSummar
     summaries = summarize([e.document for e in examples], [e.control for e in examples])
     seconds = (time.perf_counter() - begin) / len(examples)
     return [
-        Finished(e.id, e.document_id, s.text, s.weight, dict(score(e, s.text)), seconds, s.warnings)
+        Finished(e.id, e.document_id, _hash(e), s.text, s.weight, dict(score(e, s.text)), seconds, s.warnings)
         for e, s in zip(examples, summaries, strict=True)
     ]
+
+
+def _hash(example: Example) -> str:
+    return hashlib.sha256(json.dumps(asdict(example)).encode()).hexdigest()[:16]
