@@ -63,7 +63,7 @@ def test_bytes_are_stored_bits_and_the_float_rest(tmp_path):
     assert size == pytest.approx(final.report.expected_bytes, rel=0.02)
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         for layer in final.report.layers:
-            stream = file.get_slice(f"{layer.name}.codes").get_shape()[0]
+            stream = file.get_slice(f"csq.codes/{layer.name}").get_shape()[0]
             assert stream == -(-layer.stored_bits * layer.weights // 8)
 
 
@@ -127,13 +127,13 @@ class TestBadFiles:
             csq.load(small_net(), path)
 
     def test_stream_of_another_length(self, path):
-        self.rewrite(path, {"4.codes": torch.zeros(3, dtype=torch.uint8)})
+        self.rewrite(path, {"csq.codes/4": torch.zeros(3, dtype=torch.uint8)})
         with pytest.raises(InputError, match="is damaged: stream: expected"):
             csq.load(small_net(), path)
 
     def test_missing_parts(self, path):
-        self.rewrite(path, layers=[["ghost", "ghost.weight", [1], 1, 0]] * 2)
-        with pytest.raises(InputError, match=r"is damaged: 'ghost\.codes'"):
+        self.rewrite(path, layers=[["ghost", ["ghost.weight"], [1], 1, 0, "float32"]] * 2)
+        with pytest.raises(InputError, match=r"is damaged: 'csq\.codes/ghost'"):
             csq.load(small_net(), path)
 
     def test_another_architecture_is_named_and_left_alone(self, path):
@@ -306,3 +306,45 @@ class TestActivations:
         with pytest.raises(InputError, match="holds another architecture: the model has no layer 4"):
             csq.load(other, path)
         assert not hasattr(other[0], "input_quantizer")
+
+
+class OwnNames(nn.Module):
+    """A layer with buffers that have the names of a codec."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        for name in ("codes", "codebook", "steps", "masks"):
+            self.layer.register_buffer(name, torch.randn(2))
+
+
+def test_a_models_own_tensors_keep_their_names_and_values(tmp_path):
+    final = hardened(OwnNames())
+    csq.save(final, tmp_path / "m.safetensors")
+    found = csq.load(OwnNames(), tmp_path / "m.safetensors")
+    for key, value in final.state_dict().items():
+        assert torch.equal(value, found.state_dict()[key]), key
+
+
+def test_a_tensor_with_a_name_of_the_files_is_refused(tmp_path):
+    model = nn.ModuleDict({"layer": nn.Linear(4, 3), "csq": nn.Module()})
+    model["csq"].register_buffer("steps", torch.zeros(1))
+    with pytest.raises(InputError, match=r"csq\.steps: is a name that the file keeps for itself"):
+        csq.save(hardened(model), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_a_half_precision_model_loads_with_the_values_that_it_had(tmp_path, dtype, cast):
+    first, last = (dtype, dtype) if cast == "before" else (torch.float32, dtype)
+    final = hardened(small_net().to(first)).to(last)
+    path = tmp_path / "m.safetensors"
+    csq.save(final, path)
+    same = csq.load(small_net().to(dtype), path)
+    single = csq.load(small_net(), path)
+    csq.save(single, path)  # the rounding stays known, through any number of files
+    for found in (same, single, csq.load(small_net(), path)):
+        for key in ("0.weight", "4.weight"):
+            assert torch.equal(found.state_dict()[key].to(dtype), final.state_dict()[key])
+            assert torch.equal(found.state_dict()[key].double(), final.state_dict()[key].double())

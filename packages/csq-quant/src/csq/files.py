@@ -1,8 +1,8 @@
 """A hardened model in a file: integers at their stored width, the rest as it is, safetensors throughout.
 
-For each quantized weight the file has one bit stream `<name>.codes` (and `<name>.codebook` where that is
-smaller); `csq.steps` and `csq.masks` have a row a layer. The metadata says how to read them and which inputs
-are quantized; nothing is unpickled.
+For each quantized weight the file has one bit stream `csq.codes/<name>` (and `csq.codebook/<name>` where that
+is smaller); `csq.steps` and `csq.masks` have a row a layer. Other tensors have their own names. The metadata
+says how to read them and which inputs are quantized; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 FORMAT = "csq"
 VERSION = 2
+CODES, CODEBOOK, STEPS, MASKS = "csq.codes/", "csq.codebook/", "csq.steps", "csq.masks"
+"""Names of the file's own; the first two go before a layer's name."""
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""What weights may be rounded to."""
 
 
 def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> int:
@@ -47,7 +56,8 @@ def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, 
         The file's bytes.
 
     Raises:
-        InputError: not a hardened model, weights that changed since, a path that cannot be written.
+        InputError: not a hardened model, weights that changed since, a tensor with one of the file's own
+            names, a path that cannot be written.
     """
     if bit_layers(final):
         raise InputError("still has soft gates; save csq.harden(model)", field="model")
@@ -56,15 +66,19 @@ def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, 
     check_unchanged(final)
     quantized = {key for layer in scheme.layers for key in layer.tensors}
     tensors, shared = _without_copies({key: t for key, t in state.items() if key not in quantized})
+    for key in tensors:
+        if key in (STEPS, MASKS) or key.startswith((CODES, CODEBOOK)):
+            raise InputError("is a name that the file keeps for itself; rename the tensor", field=key)
     table = []
     for layer in scheme.layers:
         packed = pack_codes(layer.codes.numpy())
-        tensors[f"{layer.name}.codes"] = torch.from_numpy(packed.stream)
+        tensors[CODES + layer.name] = torch.from_numpy(packed.stream)
         if packed.codebook is not None:
-            tensors[f"{layer.name}.codebook"] = torch.from_numpy(packed.codebook)
-        table.append([layer.name, *layer.tensors, list(layer.shape), packed.width, packed.offset])
-    tensors["csq.steps"] = torch.tensor([layer.step for layer in scheme.layers], dtype=torch.float32)
-    tensors["csq.masks"] = torch.tensor([layer.mask for layer in scheme.layers], dtype=torch.uint8)
+            tensors[CODEBOOK + layer.name] = torch.from_numpy(packed.codebook)
+        dtype = _dtype_name(layer, state[layer.tensors[0]])
+        table.append([layer.name, layer.tensors, layer.shape, packed.width, packed.offset, dtype])
+    tensors[STEPS] = torch.tensor([layer.step for layer in scheme.layers], dtype=torch.float32)
+    tensors[MASKS] = torch.tensor([layer.mask for layer in scheme.layers], dtype=torch.uint8)
     activations = activation_plan(unwrap(final))
     description = {"version": VERSION, "layers": table, "shared": shared, "activations": activations}
     if notes:
@@ -80,7 +94,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     """Fill a plain model (torchvision, timm, transformers or any other) with a file's weights, exactly.
 
     Args:
-        model: of the architecture that was saved, as before `csq.parametrize`; changed in place. The file's
+        model: of the architecture that was saved, as before `csq.parametrize`; changed in place, but for its
+            dtype: in float32, it gets the values that a half-precision model had. The file's
             activation quantizers are put in, unless the model has the same ones already.
         path: a file of `csq.save`.
 
@@ -98,14 +113,15 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     try:
         table = description["layers"]
         _check_sizes(unwrap(model), table)  # before anything of such a size is made
-        steps, masks = tensors.pop("csq.steps").tolist(), tensors.pop("csq.masks").bool().tolist()
-        for (name, *keys, shape, width, offset), step, mask in zip(table, steps, masks, strict=True):
+        steps, masks = tensors.pop(STEPS).tolist(), tensors.pop(MASKS).bool().tolist()
+        for (name, keys, shape, width, offset, dtype), step, mask in zip(table, steps, masks, strict=True):
             if not (step > 0 and math.isfinite(step)):
                 raise ValueError(f"the step of {name} is no positive number")
-            stream, codebook = tensors.pop(f"{name}.codes").numpy(), tensors.pop(f"{name}.codebook", None)
+            stream, codebook = tensors.pop(CODES + name).numpy(), tensors.pop(CODEBOOK + name, None)
             values = None if codebook is None else codebook.numpy()
             codes = unpack_codes(Packed(stream, int(np.prod(shape)), width, offset, values)).reshape(shape)
-            layer = LayerReport(name, tuple(keys), tuple(mask), step, torch.from_numpy(codes.copy()))
+            codes = torch.from_numpy(codes.copy())
+            layer = LayerReport(name, tuple(keys), tuple(mask), step, codes, DTYPES[dtype])
             layers.append(layer)
             state.update(dict.fromkeys(keys, layer.weight()))
         state.update(tensors)
@@ -130,6 +146,19 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The notes that a file was saved with; empty where there were none. Errors as for `load`."""
     return dict(_describe(path).get("notes", {}))
+
+
+def _dtype_name(layer: LayerReport, weight: Tensor) -> str:
+    """What to round to, to have this weight of its codes: its own dtype, as after `.half()`, or the layer's.
+
+    The latter where rounding to its own is not enough: a float32 model may have a half-precision file's values.
+    """
+    exact = torch.equal((layer.codes.float() * layer.step).to(weight.dtype), weight.cpu())
+    dtype = weight.dtype if exact else layer.dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"expected weights of {', '.join(DTYPES)}", field=layer.tensors[0], value=name)
+    return name
 
 
 def _without_copies(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -206,7 +235,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
 def _check_sizes(model: nn.Module, table: list[Any]) -> None:
     # Zeros have no stream, whose length would tell; a file for a wider model shall still be named as such.
     most = 2**24 + 16 * max((tensor.numel() for tensor in model.state_dict().values()), default=0)
-    for name, *_, shape, _, _ in table:
+    for name, _, shape, *_ in table:
         if not all(isinstance(extent, int) and extent >= 0 for extent in shape):
             raise ValueError(f"the shape of {name} is {shape}")
         if math.prod(shape) > most:

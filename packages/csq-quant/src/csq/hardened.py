@@ -82,7 +82,7 @@ def _gaps(model: nn.Module, layers: tuple[LayerReport, ...]) -> dict[str, float]
     gaps = {}
     for layer in layers:
         weight = soft[layer.name]().float().cpu()
-        gaps[layer.name] = float((weight - layer.weight()).norm() / weight.norm().clamp_min(1e-30))
+        gaps[layer.name] = float((weight - layer.weight().float()).norm() / weight.norm().clamp_min(1e-30))
     return gaps
 
 
@@ -124,7 +124,7 @@ def _replace(model: nn.Module, layers: tuple[LayerReport, ...]) -> None:
     for _, module, tensor_name, planes in list(places(model)):
         parameter = parameters.get(id(planes))
         if parameter is None:
-            weight = by_planes[id(planes)].weight().to(planes.mask.device, planes.dtype)
+            weight = by_planes[id(planes)].weight().to(planes.mask.device)
             parameter = parameters[id(planes)] = nn.Parameter(weight)
         lists: Any = module.parametrizations
         del lists[tensor_name]

@@ -31,6 +31,8 @@ class LayerReport:
     """The weight of one unit of `codes`."""
     codes: Int[Tensor, "..."] = field(repr=False)
     """Whole numbers, int16, on the CPU, in units of the lowest selected plane."""
+    dtype: torch.dtype = torch.float32
+    """What the model's weight is rounded to."""
 
     @property
     def weights(self) -> int:
@@ -68,8 +70,8 @@ class LayerReport:
         return width, 0 if codebook is None else len(codebook)
 
     def weight(self) -> Float[Tensor, "..."]:
-        """The weight in float32, exactly as a hardened model has it."""
-        return self.codes.float() * self.step
+        """The weight in `dtype`, exactly as a hardened model has it."""
+        return (self.codes.float() * self.step).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ def hard_layers(model: nn.Module, contiguous: bool = False) -> Iterator[LayerRep
             planes.codes(selected.to(planes.mask.device)).cpu() >> low
         )  # exact: all are multiples of 2^low
         step = planes.step_size() * 2**low
-        yield LayerReport(name, tuple(keys[id(planes)]), tuple(map(bool, selected.tolist())), step, codes)
+        mask = tuple(map(bool, selected.tolist()))
+        yield LayerReport(name, tuple(keys[id(planes)]), mask, step, codes, planes.dtype)
 
 
 def _float_parameters(model: nn.Module) -> int:

@@ -111,7 +111,10 @@ def hard_layers(model: nn.Module) -> Iterator[LayerReport]:
             chain: Any = getattr(module.parametrizations, tensor_name)
             codes, step = rival.integers(*() if isinstance(rival, BsqWeight) else (chain.original,))
             mask = tuple(plane < rival.bits for plane in range(PLANES))
-            yield LayerReport(name, tuple(keys[id(rival)]), mask, float(step), codes.to(torch.int16).cpu())
+            dtype = getattr(module, tensor_name).dtype
+            yield LayerReport(
+                name, tuple(keys[id(rival)]), mask, float(step), codes.to(torch.int16).cpu(), dtype
+            )
 
 
 @torch.no_grad()
