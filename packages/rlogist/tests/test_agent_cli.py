@@ -71,6 +71,27 @@ def test_extract_train_predict_evaluate_report(world, tmp_path, capsys):
         assert (code, "expected a share of regions above 0" in errors) == (2, True)
 
 
+def test_slides_are_read_at_the_magnifications_of_training(world, tmp_path, capsys):
+    slides, model = world / "slides", tmp_path / "m"
+    options = ("--patch", 32, "--extractor", "stain", "--deep", "--scan-mpp", 2, "--deep-mpp", 1)
+    assert run(capsys, "extract", slides, "--out", tmp_path / "f", *options)[0] == 0
+    train = ("train", tmp_path / "f", "--labels", world / "labels.csv", "--out", model, *TRAIN)
+    assert run(capsys, *train)[0] == 0
+    one = slides / "s0.tif"
+    assert run(capsys, "predict", one, "--model", model, "--out", tmp_path / "p")[0] == 0
+    found = json.loads((tmp_path / "p" / "s0.json").read_text())
+    deep = sum(row["pixels"] for row in found["ledger"]["reads"] if row["purpose"] == "deep")
+    assert deep == found["looks"] * 4 * 64**2  # 2 x 2 patches of 1 micron, read from the level of 0.5
+    for option, value, words in (
+        ("--deep-mpp", 0.5, "deep_mpp: expected 1"),
+        ("--patch", 16, "patch: expected 32"),
+    ):
+        code, _, errors = run(
+            capsys, "predict", one, "--model", model, "--out", tmp_path / "q", option, value
+        )
+        assert (code, f"{words}, with which the model was trained" in errors) == (2, True)
+
+
 def test_features_without_deep_ones_are_told(world, tmp_path, capsys):
     options = ("--patch", 32, "--extractor", "stain")
     assert run(capsys, "extract", world / "slides", "--out", tmp_path / "f", *options)[0] == 0

@@ -88,7 +88,13 @@ def labelled_bags(folder: Path, table: Path) -> Labelled:
     return Labelled(bags, records, classes, attributes)
 
 
-_ALIKE = ("extractor", "fingerprint", "patch_size", "deep_side")
+_ALIKE = ("extractor", "fingerprint", "patch_size", "deep_side", "wanted_scan_mpp", "wanted_deep_mpp")
+
+
+def opening_of(attributes: dict[str, Any]) -> dict[str, float]:
+    """How slides have to be opened that are read by a model of these features; without what is not known."""
+    names = {"patch": "patch_size", "scan_mpp": "wanted_scan_mpp", "deep_mpp": "wanted_deep_mpp"}
+    return {key: attributes[name] for key, name in names.items() if attributes.get(name) is not None}
 
 
 def train_split(

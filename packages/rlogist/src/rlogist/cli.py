@@ -141,7 +141,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="scalars to OUT/tensorboard")] = False,
 ) -> None:
     """Train all stages on feature files; writes a checkpoint after each epoch and the model at the end."""
-    from rlogist.agent_jobs import labelled_bags, train_split
+    from rlogist.agent_jobs import labelled_bags, opening_of, train_split
     from rlogist.model import RLogist
     from rlogist.modules import Architecture
     from rlogist.ppo import PPOSettings
@@ -163,7 +163,7 @@ def train(
         seed=seed,
     )
     model.fingerprint = made["fingerprint"]
-    model.opening = {} if made["patch_size"] is None else {"patch": int(made["patch_size"])}
+    model.opening = opening_of(made)
     out.mkdir(parents=True, exist_ok=True)
     discount = default_discount(reward.value)  # pyright: ignore[reportArgumentType]
     with training(out / "tensorboard" if tensorboard else None) as on_epoch:

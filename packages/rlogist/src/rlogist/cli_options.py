@@ -28,8 +28,12 @@ class Backend(StrEnum):
 class SlideOptions:
     """How slides are opened."""
 
-    scan_mpp: Annotated[float, typer.Option(help="microns per pixel of the scan; 2.0 is 5x")] = 2.0
-    deep_mpp: Annotated[float, typer.Option(help="microns per pixel of the deep look; 0.5 is 20x")] = 0.5
+    scan_mpp: Annotated[
+        float | None, typer.Option(help="microns per pixel of the scan; 2.0 (5x), or the model's")
+    ] = None
+    deep_mpp: Annotated[
+        float | None, typer.Option(help="microns per pixel of the deep look; 0.5 (20x), or the model's")
+    ] = None
     patch: Annotated[
         int | None,
         typer.Option(min=16, help="side of a patch in pixels at both magnifications; 256, or the model's"),
@@ -53,8 +57,11 @@ class SlideOptions:
         from rlogist.tissue import Segmentation
 
         settings = Segmentation(threshold=self.threshold, otsu=self.otsu, tissue_area=self.tissue_area)
-        patch = self.patch or int((trained or {}).get("patch", 256))
-        return Opening(self.scan_mpp, self.deep_mpp, patch, self.mpp, settings)
+        given = {"scan_mpp": self.scan_mpp, "deep_mpp": self.deep_mpp, "patch": self.patch}
+        known = {"scan_mpp": 2.0, "deep_mpp": 0.5, "patch": 256, **(trained or {})}
+        wanted = {key: known[key] if own is None else own for key, own in given.items()}
+        patch = int(wanted["patch"])
+        return Opening(wanted["scan_mpp"], wanted["deep_mpp"], patch, self.mpp, settings)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ coords (regions, 2) int64     top-left corners, level-0 pixels
 features (regions, dim)       scan features Z; NaN-free
 deep_features (regions, K, dim)  deep features U, where they were asked for
 region_index (regions,)       index in the slide's grid; damaged regions are left out
-attributes: patch_size, patch_level, patch_size_level0, deep_side, scan_mpp, deep_mpp, extractor, fingerprint,
-            slide, ledger (JSON)
+attributes: patch_size, patch_level, patch_size_level0, deep_side, scan_mpp, deep_mpp, wanted_scan_mpp,
+            wanted_deep_mpp, extractor, fingerprint, slide, ledger (JSON)
 ```
 
 Other software reads it as a CLAM file: `coords`, `features`, `patch_size` and `patch_level` mean the same.
@@ -229,6 +229,8 @@ def _attributes(slide: Slide, extractor: Extractor) -> dict[str, Any]:
         "deep_side": plane.side,
         "scan_mpp": plane.scan.mpp,
         "deep_mpp": plane.deep.mpp,
+        "wanted_scan_mpp": float(slide.scan_mpp),
+        "wanted_deep_mpp": float(slide.deep_mpp),
         "grid_regions": len(slide.regions),
         "extractor": extractor.name,
         "fingerprint": extractor.fingerprint,

@@ -270,7 +270,8 @@ class RLogist:
             seed: Of the strategy `random`.
 
         Raises:
-            InputError: Not trained, rho out of range, or features of another extractor.
+            InputError: Not trained, rho out of range, features of another extractor, or a slide that was
+                opened with another patch size or other magnifications than those of training.
         """
         started = perf_counter()
         rho = 1.0 if strategy == "exhaustive" else self.rho if rho is None else rho
@@ -379,6 +380,7 @@ class RLogist:
             return CachedSource(slide)
         if not isinstance(slide, Slide):
             return slide
+        _check_opening(slide, self.opening)
         if self.fingerprint is not None:
             _check_fingerprint(self.extractor, self.extractor.name, self.fingerprint, None)
         return SlideSource(slide, self.extractor)
@@ -463,6 +465,15 @@ def _check_fingerprint(extractor: Extractor, name: str, fingerprint: str, path: 
             field="extractor",
             value=extractor.fingerprint,
         )
+
+
+def _check_opening(slide: Slide, trained: dict[str, float]) -> None:
+    own = {"patch": slide.geometry.patch, "scan_mpp": slide.scan_mpp, "deep_mpp": slide.deep_mpp}
+    for name, value in trained.items():
+        if abs(own[name] - value) > 0.01 * value:
+            raise InputError(
+                f"expected {value:g}, with which the model was trained", field=name, value=own[name]
+            )
 
 
 def _check_patients(bags: Sequence[Bag], validation: Sequence[Bag]) -> None:

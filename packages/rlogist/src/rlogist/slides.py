@@ -77,6 +77,7 @@ class Slide:
         self._handle = _open(self.path)
         self.mpp = self._mpp(mpp)
         sizes, downsamples = self._handle.level_dimensions, self._handle.level_downsamples
+        self.scan_mpp, self.deep_mpp = scan_mpp, deep_mpp
         self.levels: list[Level] = levels_of(sizes, downsamples, self.mpp)
         try:
             self.geometry: Geometry = geometry(self.levels, scan_mpp, deep_mpp, patch)
