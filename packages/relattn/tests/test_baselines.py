@@ -137,6 +137,19 @@ def test_pplm_refuses_wrong_settings():
         PPLM(model, states, mask, [[5]] * 3, iterations=0)
 
 
+def test_pplm_for_some_documents_is_what_each_of_them_gets():
+    model = family("bart")
+    _, mask, states = encoded(model)
+    whole = PPLM(model, states, mask, [[11, 12], [40], [70]], step_size=0.01)
+    written = torch.tensor([[2, 8, 9], [2, 3, 4], [2, 7, 7]])
+    expected = whole.perturbed_logits(written)
+    part = whole.for_documents([2, 0])
+    assert torch.allclose(part.perturbed_logits(written[[2, 0]]), expected[[2, 0]], atol=2e-4)
+    assert whole.cost.steps == part.cost.steps == 2
+    with pytest.raises(InputError, match="bags: expected a bag for each document, got 3"):
+        whole.for_documents([3])
+
+
 # --- keyword boost
 
 
@@ -261,6 +274,17 @@ def test_every_method_but_plain_changes_a_summary(steerer):
     )  # fmt: skip
     texts = {m: [s.text for s in summarize(m, steerer, DOCUMENTS, CONTROLS, settings)] for m in METHODS}
     assert [m for m in METHODS if texts[m] == texts["plain"]] == ["plain"]
+
+
+@pytest.mark.parametrize("method", ["plain", "boost", "bias", "relattn"])
+def test_a_users_own_boost_meets_its_document_in_every_method_and_batch(steerer, method):
+    words = [steerer.tokenizer(f" {w}", add_special_tokens=False)["input_ids"][-1:]
+             for w in ("night", "trees", "winter")]  # fmt: skip
+    own = {**GREEDY, "max_new_tokens": 3, "logits_processor": [KeywordBoost(words, 60.0)]}
+    settings = MethodSettings(boost=0.0, batch_size=2, generate=own)
+    found = summarize(method, steerer, DOCUMENTS, CONTROLS, settings)
+    for summary, (word,) in zip(found, words, strict=True):
+        assert steerer.tokenizer.decode([word]).strip() in summary.text
 
 
 def test_plain_is_generate(steerer):

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CORPUS, bart_with_tokenizer, family, t5_with_tokenizer, wordpiece_tokenizer
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList
 
 from relattn import EmbeddingRelevance, RelAttnModule, Steerer, online_select
 from relattn.generation import PAPER_SETTINGS, generation_settings
+from relattn.logit_boost import KeywordBoost
 from shared_core import InputError
 
 DOCUMENTS = [" ".join(CORPUS[:2]), CORPUS[3], " ".join(CORPUS[4:7])]
@@ -326,6 +327,38 @@ def test_bad_options_are_named(options, message):
     steerer = Steerer(*bart_with_tokenizer())
     with pytest.raises(InputError, match=message):
         steerer.generate(["a text"], ["a"], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("decoder_input_ids", torch.tensor([[2, 100], [2, 200]])),
+        ("decoder_attention_mask", torch.ones(2, 3)),
+        ("global_attention_mask", torch.ones(2, 3)),
+        ("a_new_name", torch.ones(2, 3)),
+        ("prefix_allowed_tokens_fn", lambda row, written: [5]),
+    ],
+)
+def test_arguments_with_a_row_a_document_are_refused_because_batches_go_by_length(name, value):
+    steerer = Steerer(*bart_with_tokenizer())
+    with pytest.raises(InputError, match=f"{name}: has a row a document, but .* use Steerer.steer"):
+        steerer.generate(DOCUMENTS[:2], CONTROLS[:2], **{name: value})
+
+
+@pytest.mark.parametrize("weight", [0.5, "online"])
+def test_a_logits_processor_for_each_document_meets_its_own_document(steerer, weight):
+    """The first document is the longest, so that batches by length turn their order around."""
+    documents = [" ".join(CORPUS[:3]), CORPUS[3], CORPUS[4]]
+    words = [steerer.tokenizer(f" {w}", add_special_tokens=False)["input_ids"][-1:]
+             for w in ("music", "river", "treaty")]  # fmt: skip
+    settings = {"max_new_tokens": 3, "num_beams": 2, "weight": weight, "grid": [0.1, 0.2], "max_rows": 4}
+    boosted = steerer.generate(
+        documents, CONTROLS, **settings, logits_processor=LogitsProcessorList([KeywordBoost(words, 50.0)])
+    )
+    for summary, (word,) in zip(boosted, words, strict=True):
+        assert steerer.tokenizer.decode([word]).strip() in summary.text
+    with pytest.raises(InputError, match="bags: expected a bag for each document, got 1"):
+        steerer.generate(documents, CONTROLS, **settings, logits_processor=[KeywordBoost(words[:1])])
 
 
 def test_misspelt_options_reach_generate_and_are_refused_there():

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from relattn.encoding import EncodedBatch
 from relattn.families import CrossAttention
@@ -23,6 +23,14 @@ PAPER_SETTINGS = {
     "do_sample": False,
 }
 """The released code's settings for NEWTS, without its random sampling inside beam search."""
+
+_ROW_BY_ROW = (
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "decoder_inputs_embeds",
+    "global_attention_mask",
+    "prefix_allowed_tokens_fn",
+)
 
 _OURS = (
     "input_ids",
@@ -41,11 +49,19 @@ def generation_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dic
     length.
 
     Raises:
-        InputError: An argument that the steerer fills in itself, or more than one summary a document.
+        InputError: An argument that the steerer fills in itself; one that says something row by row, since
+            documents are decoded in an order of their own; or more than one summary a document.
     """
     for name in _OURS:
         if name in given:
             raise InputError("is filled in here: use Steerer.steer to call generate yourself", field=name)
+    for name, value in given.items():
+        if value is not None and (name in _ROW_BY_ROW or (isinstance(value, Tensor) and value.ndim > 1)):
+            raise InputError(
+                "has a row a document, but documents are decoded in an order of their own: use Steerer.steer"
+                " to call generate yourself",
+                field=name,
+            )
     if given.get("num_return_sequences", 1) != 1:
         raise InputError("expected 1: a document gets one summary", field="num_return_sequences")
     settings = dict(given)
@@ -58,6 +74,29 @@ def generation_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dic
     if not any(name in settings or getattr(own, name, None) is not None for name in lengths):
         settings["max_new_tokens"] = PAPER_SETTINGS["max_length"]
     return settings
+
+
+@runtime_checkable
+class PerDocument(Protocol):
+    """A logits processor that does not treat all documents alike: it is told which ones stand in a batch."""
+
+    def for_documents(self, numbers: Sequence[int]) -> LogitsProcessor:
+        """The processor for a batch of these documents, by their numbers in the call; one may occur twice."""
+        ...
+
+
+def settings_for(settings: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """The settings for a batch of the documents `numbers` of a call.
+
+    Logits processors that are `PerDocument` are asked for their part; all others must treat rows alike.
+    """
+    if not settings.get("logits_processor"):
+        return dict(settings)
+    processors = [
+        processor.for_documents(numbers) if isinstance(processor, PerDocument) else processor
+        for processor in settings["logits_processor"]
+    ]
+    return {**settings, "logits_processor": LogitsProcessorList(processors)}
 
 
 def setting(model: PreTrainedModel, settings: Mapping[str, Any], name: str, default: Any) -> Any:

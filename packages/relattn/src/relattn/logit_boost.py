@@ -47,6 +47,16 @@ class KeywordBoost(LogitsProcessor):
         self.boost = boost
         self.once = once
 
+    def for_documents(self, numbers: Sequence[int]) -> "KeywordBoost":
+        """The same boost for a batch of these documents: `Steerer.generate` decodes them in its own order.
+
+        Raises:
+            InputError: There is no bag for one of them.
+        """
+        if max(numbers) >= len(self.bags):
+            raise InputError(f"expected a bag for each document, got {len(self.bags)}", field="bags")
+        return KeywordBoost([self.bags[n].tolist() for n in numbers], self.boost, self.once)
+
     def __call__(
         self, input_ids: Int[Tensor, "rows written"], scores: Float[Tensor, "rows vocabulary"]
     ) -> Float[Tensor, "rows vocabulary"]:

@@ -24,7 +24,7 @@ from relattn.controls import Control, control_phrases, encode_control
 from relattn.encoding import EncodedBatch, encode
 from relattn.examples import MethodSummary
 from relattn.extract import extract, relevant_sentences, sentence_relevance
-from relattn.generation import evaluating, generation_settings
+from relattn.generation import evaluating, generation_settings, settings_for
 from relattn.logit_boost import KeywordBoost
 from relattn.pplm import PPLM, PPLMCost
 from relattn.prefix import with_prefix
@@ -188,12 +188,12 @@ def _with_processor(
     make: Callable[[EncodedBatch, list[list[int]]], LogitsProcessor],
 ) -> list[MethodSummary]:
     options = generation_settings(steerer.model, settings.generate)
-    own = options.pop("logits_processor", [])
     found = []
     for batch in _encoded(steerer, documents, settings.batch_size):
         bags = [bag_of_words(controls[n], steerer.target_tokenizer) for n in batch.numbers]
-        processors = LogitsProcessorList([*own, make(batch.encoded, bags)])
-        lines = _decode(steerer, batch.encoded, options, logits_processor=processors)
+        mine = settings_for(options, batch.numbers)
+        processors = LogitsProcessorList([*mine.pop("logits_processor", ()), make(batch.encoded, bags)])
+        lines = _decode(steerer, batch.encoded, mine, logits_processor=processors)
         found += [MethodSummary(line, None, lost) for line, lost in zip(lines, batch.warnings, strict=True)]
     return found
 
@@ -227,7 +227,7 @@ def _bias(
             for place, (start, stop) in enumerate(results[n].offsets or ()):
                 span[row, place] = any(s.begin < stop and start < s.end for s in chosen) and stop > start
         with softmax_bias(steerer.model, steerer.layers, span, settings.alpha):
-            lines = _decode(steerer, batch.encoded, options)
+            lines = _decode(steerer, batch.encoded, settings_for(options, batch.numbers))
         found += [
             MethodSummary(line, None, results[n].warnings)
             for line, n in zip(lines, batch.numbers, strict=True)

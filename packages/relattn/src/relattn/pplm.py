@@ -13,6 +13,7 @@ Dathathri et al.: "Plug and Play Language Models", ICLR 2020.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,20 @@ class PPLM(LogitsProcessor):
         for row, bag in enumerate(bags):
             self._bag[row, list(bag)] = True
         self._cross: list[tuple[Tensor, Tensor]] = []  # does not change while decoding
+
+    def for_documents(self, numbers: Sequence[int]) -> "PPLM":
+        """The same for a batch of these documents: `Steerer.generate` decodes them in its own order.
+
+        Raises:
+            InputError: There is no bag for one of them.
+        """
+        if max(numbers) >= len(self._bag):
+            raise InputError(f"expected a bag for each document, got {len(self._bag)}", field="bags")
+        rows = torch.tensor(numbers, device=self._bag.device)
+        chosen = copy(self)
+        chosen._states, chosen._mask, chosen._bag = self._states[rows], self._mask[rows], self._bag[rows]
+        chosen._cross = []
+        return chosen
 
     def __call__(
         self, input_ids: Int[Tensor, "rows written"], scores: Float[Tensor, "rows vocabulary"]

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 from relattn.controls import Control, EncodedControl
 from relattn.encoding import SteerableBatch, prepare
 from relattn.families import cross_attentions, source_limit
-from relattn.generation import decode_rows, evaluating, generation_settings, rows_that_fit, setting
+from relattn.generation import (
+    decode_rows,
+    evaluating,
+    generation_settings,
+    rows_that_fit,
+    setting,
+    settings_for,
+)
 from relattn.relevance import EmbeddingRelevance, Relevance, effective_support
 from relattn.results import Candidate, ControlledSummary, RelevanceResult
 from relattn.selection import GRID, Similarity, consensus, coverage_select
@@ -145,14 +152,16 @@ class Steerer:
                 (documents or 1, layers) or (documents or 1, layers, heads); "online" tries a grid of weights
                 for each document and selects without a reference. The steerer's (or its module's) by default.
             **options: `iterate`'s options, and any argument of the model's `generate` (num_beams,
-            max_length...).
-                What is not given comes from the model's generation settings; beam search with 4 beams, no
-                sampling and 142 new tokens where these say nothing.
+                max_length...) that means the same for all documents. A logits processor may tell documents
+                apart if it has `for_documents`, as `relattn.logit_boost.KeywordBoost` has
+                (`relattn.generation.PerDocument`). What is not given comes from the model's generation
+                settings; beam search with 4 beams, no sampling and 142 new tokens where these say nothing.
 
         Raises:
             InputError: A blank document; another number of controls than documents; a blank control, or one
-                of unknown tokens only; a weight outside [0, 1] or of another shape; a model that is being
-                steered already; online selection with sampling but no seed.
+                of unknown tokens only; a weight outside [0, 1] or of another shape; an argument of `generate`
+                that has a row a document (`steer` is for these); a model that is being steered already;
+                online selection with sampling but no seed.
         """
         found = dict(self.iterate(documents, controls, weight, **options))
         return [found[number] for number in range(len(documents))]
@@ -201,7 +210,7 @@ class Steerer:
                     batch = self._prepare([texts[n] for n in members], [asked[n] for n in members])
                 fit = rows_that_fit(self.model, settings, len(self.layers), batch.encoded.mask.shape[1])
                 start = None if seed is None else seed + 1_000_003 * number
-                decode = _Decoding(self, batch, settings, min(max_rows or fit, fit), start)
+                decode = _Decoding(self, batch, members, settings, min(max_rows or fit, fit), start)
                 results = [self._result(batch, row, texts[n], asked[n]) for row, n in enumerate(members)]
                 if online:
                     summaries = self._online(batch, results, texts, members, decode, grid, similarity, select)
@@ -346,6 +355,7 @@ class _Decoding:
 
     steerer: Steerer
     batch: SteerableBatch
+    members: Sequence[int]
     settings: dict[str, Any]
     max_rows: int
     seed: int | None
@@ -362,7 +372,7 @@ class _Decoding:
                 self.batch.contexts,
                 index[chunk].to(device),
                 weight[chunk].to(self.batch.a_rel),
-                self.settings,
+                settings_for(self.settings, [self.members[row] for row in index[chunk].tolist()]),
                 None if self.seed is None else self.seed + number,
             )
             texts = self.steerer.target_tokenizer.batch_decode(ids, skip_special_tokens=True)
