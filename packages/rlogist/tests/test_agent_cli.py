@@ -92,6 +92,24 @@ def test_slides_are_read_at_the_magnifications_of_training(world, tmp_path, caps
         assert (code, f"{words}, with which the model was trained" in errors) == (2, True)
 
 
+def test_a_model_reads_with_the_encoder_weights_of_its_features(world, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    from rlogist.extractors import load_extractor
+
+    slides, model, weights = world / "slides", tmp_path / "m", tmp_path / "w.safetensors"
+    save_file(load_extractor("timm/test_resnet", pretrained=False, seed=5).encoder.state_dict(), weights)
+    options = ("--patch", 32, "--extractor", "timm/test_resnet", "--deep", "--weights", weights)
+    assert run(capsys, "extract", slides, "--out", tmp_path / "f", *options)[0] == 0
+    train = ("train", tmp_path / "f", "--labels", world / "labels.csv", "--out", model, *TRAIN)
+    assert run(capsys, *train)[0] == 0
+    predict = ("predict", slides / "s0.tif", "--model", model, "--out", tmp_path / "p")
+    assert run(capsys, *predict, "--weights", weights)[0] == 0
+    code, _, errors = run(capsys, *predict, "--random")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "was trained on features of timm/test_resnet" in errors
+
+
 def test_features_without_deep_ones_are_told(world, tmp_path, capsys):
     options = ("--patch", 32, "--extractor", "stain")
     assert run(capsys, "extract", world / "slides", "--out", tmp_path / "f", *options)[0] == 0

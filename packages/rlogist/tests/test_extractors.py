@@ -126,6 +126,14 @@ def test_unknown_names_are_refused(name, words):
         load_extractor(name)
 
 
+def test_a_device_that_is_not_there_and_weights_of_a_fixed_extractor_are_told(tmp_path):
+    for device in ("cuda:99", "no-device"):
+        with pytest.raises(InputError, match="device: cannot be used here"):
+            load_extractor("timm/test_resnet", pretrained=False, device=device)
+    with pytest.raises(InputError, match="stain is fixed and has no weights"):
+        load_extractor("stain", weights=tmp_path / "w")
+
+
 def test_a_callable_of_the_users_own(monkeypatch):
     monkeypatch.setitem(
         __import__("sys").modules,

@@ -14,7 +14,7 @@ from rlogist.features import read_features
 from rlogist.layouts import SlideRecord, read_labels, split_patients
 from rlogist.model import Reading, RLogist
 from rlogist.report import write_report
-from rlogist.slide_jobs import Job
+from rlogist.slide_jobs import Encoding, Job
 from rlogist.sources import Bag, bag_of
 from shared_core import InputError, files
 
@@ -29,19 +29,28 @@ class AgentJob(Job):
     report: bool = False
 
 
-_loaded: dict[Path, RLogist] = {}
+_loaded: dict[tuple[Path, Encoding | None], RLogist] = {}
 
 
-def load_model(folder: Path) -> RLogist:
-    """The model; loaded once in each process."""
-    if folder not in _loaded:
-        _loaded[folder] = RLogist.from_pretrained(folder)
-    return _loaded[folder]
+def load_model(folder: Path, encoding: Encoding | None = None) -> RLogist:
+    """The model, loaded once in each process.
+
+    Args:
+        folder: Where it is.
+        encoding: How its encoder is loaded; as its name says where None.
+
+    Raises:
+        InputError: As `RLogist.from_pretrained`, or the encoder is not the one of training.
+    """
+    key = folder, encoding
+    if key not in _loaded:
+        _loaded[key] = RLogist.from_pretrained(folder, None if encoding is None else encoding.load())
+    return _loaded[key]
 
 
 def predict_slide(job: AgentJob) -> dict[str, object]:
     """Read one slide and write NAME.json; with `report` NAME.html and NAME.geojson too."""
-    model = load_model(job.model)
+    model = load_model(job.model, job.encoding)
     with job.opening.open(job.slide) as slide:
         found = model.predict(slide, rho=job.rho, strategy=job.strategy)
         job.out.parent.mkdir(parents=True, exist_ok=True)

@@ -186,6 +186,7 @@ def predict(
     slides: Slides,
     model: Model,
     out: Out,
+    encoder: EncoderOptions,
     opened: SlideOptions,
     folder: FolderOptions,
     rho: Rho = None,
@@ -200,8 +201,17 @@ def predict(
 
     if rho is not None:
         check_rho(rho)
-    opening = opened.opening(load_model(model).opening)
-    job = partial(AgentJob, opening=opening, model=model, rho=rho, strategy=strategy.value, report=html)
+    encoding = encoder.encoding(load_model(model).extractor_name)
+    opening = opened.opening(load_model(model, encoding).opening)
+    job = partial(
+        AgentJob,
+        opening=opening,
+        encoding=encoding,
+        model=model,
+        rho=rho,
+        strategy=strategy.value,
+        report=html,
+    )
     return _run_folder(predict_slide, slides, out, job, folder)
 
 
@@ -231,6 +241,7 @@ def report(
     slide: Annotated[Path, typer.Argument(help="a slide", exists=True, dir_okay=False)],
     model: Model,
     out: Annotated[Path, typer.Option(help="the .html file; the GeoJSON is written beside it")],
+    encoder: EncoderOptions,
     opened: SlideOptions,
     rho: Rho = None,
     exhaustive: Annotated[
@@ -241,7 +252,7 @@ def report(
     from rlogist.agent_jobs import load_model
     from rlogist.report import write_report
 
-    trained = load_model(model)
+    trained = load_model(model, encoder.encoding(load_model(model).extractor_name))
     with opened.opening(trained.opening).open(slide) as reading:
         found = trained.predict(reading, rho=rho)
         whole = trained.predict(reading, strategy="exhaustive") if exhaustive else None

@@ -133,10 +133,13 @@ def load_extractor(
         seed: Of random weights.
 
     Raises:
-        InputError: No such encoder, weights that do not fit, or weights that cannot be had.
+        InputError: No such encoder or device, weights that do not fit, or weights that cannot be had.
     """
     if name == "stain":
+        if weights is not None:
+            raise InputError("stain is fixed and has no weights", field="weights", value=weights)
         return StainExtractor()
+    _check_device(device)
     if name == "resnet50":
         encoder, prepare = _timm("resnet50", pretrained and weights is None, seed, truncated=True)
     elif name.startswith("timm/"):
@@ -204,6 +207,14 @@ def _transformers(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, di
     except (OSError, ValueError, AttributeError, TypeError):
         pass  # no preprocessing beside the model: ImageNet's values
     return _Pooled(model), prepare
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"cannot be used here: {reason}", field="device", value=device) from error
 
 
 def _fetched(make: Any, name: str) -> nn.Module:

@@ -167,6 +167,11 @@ class RLogist:
         self.networks: nn.ModuleDict | None = None
 
     @property
+    def extractor_name(self) -> str:
+        """The encoder's name, which needs no loading."""
+        return self._extractor if isinstance(self._extractor, str) else self._extractor.name
+
+    @property
     def extractor(self) -> Extractor:
         """The encoder, loaded at first use."""
         if isinstance(self._extractor, str):
@@ -334,12 +339,11 @@ class RLogist:
         return model
 
     def _config(self) -> dict[str, Any]:
-        name = self._extractor if isinstance(self._extractor, str) else self._extractor.name
         known = self.fingerprint
         if known is None and not isinstance(self._extractor, str):
             known = self._extractor.fingerprint
         return {
-            "extractor": name,
+            "extractor": self.extractor_name,
             "fingerprint": known,
             "opening": self.opening,
             "architecture": (self.architecture or Architecture(1)).to_dict(),
@@ -460,7 +464,7 @@ def _networks(architecture: Architecture, seed: int) -> nn.ModuleDict:
 def _check_fingerprint(extractor: Extractor, name: str, fingerprint: str, path: Path | None) -> None:
     if extractor.fingerprint != fingerprint:
         raise InputError(
-            f"was trained on features of {name} ({fingerprint}), not of {extractor.name}",
+            f"was trained on features of {name} ({fingerprint}), not of {extractor.name} with these weights",
             file=path,
             field="extractor",
             value=extractor.fingerprint,
