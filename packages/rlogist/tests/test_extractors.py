@@ -59,6 +59,16 @@ def test_the_fingerprint_tells_weights_and_preparation_apart(resnet):
     assert len({resnet.fingerprint, other.fingerprint, prepared.fingerprint}) == 3
 
 
+def test_the_fingerprint_does_not_depend_on_how_tensors_are_printed():
+    # On a GPU they are printed with their device; features extracted there are read on a CPU too.
+    first = load_extractor("timm/test_resnet", pretrained=False).fingerprint
+    torch.set_printoptions(precision=2)
+    try:
+        assert load_extractor("timm/test_resnet", pretrained=False).fingerprint == first
+    finally:
+        torch.set_printoptions(profile="default")
+
+
 def test_making_an_extractor_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     load_extractor("timm/test_resnet", pretrained=False)

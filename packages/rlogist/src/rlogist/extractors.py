@@ -79,7 +79,9 @@ class EncoderExtractor:
     def fingerprint(self) -> str:
         """A hash of the weights and of how images are prepared."""
         if self._fingerprint is None:
-            digest = hashlib.sha256(repr((self.name, self.input_size, self._mean, self._std)).encode())
+            # Numbers, not tensors: those are printed with their device, and a GPU's features are a CPU's.
+            prepared = self.name, self.input_size, self._mean.flatten().tolist(), self._std.flatten().tolist()
+            digest = hashlib.sha256(repr(prepared).encode())
             for key, value in self.encoder.state_dict().items():
                 digest.update(key.encode())
                 digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
