@@ -151,7 +151,8 @@ def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _dtype_name(layer: LayerReport, weight: Tensor) -> str:
     """What to round to, to have this weight of its codes: its own dtype, as after `.half()`, or the layer's.
 
-    The latter where rounding to its own is not enough: a float32 model may have a half-precision file's values.
+    The latter where rounding to its own is not enough: a float32 model may have been loaded from a file of a
+    half-precision one.
     """
     exact = torch.equal((layer.codes.float() * layer.step).to(weight.dtype), weight.cpu())
     dtype = weight.dtype if exact else layer.dtype
