@@ -184,6 +184,43 @@ class TestBadInput:
         assert "\n" not in text
         assert csq.bit_layers(model) == {}
 
+    @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+    def test_weights_that_hooks_compute_are_named_and_the_model_is_left(self):
+        model = nn.ModuleDict({"fine": nn.Linear(2, 2), "normed": nn.utils.weight_norm(nn.Linear(2, 2))})
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(InputError, match="normed: its weight is no parameter, but computed from others"):
+            csq.parametrize(model)
+        assert type(model["fine"]) is nn.Linear
+        assert list(model.state_dict()) == list(before)
+        csq.parametrize(model, skip=["normed"])
+        assert list(csq.bit_layers(model)) == ["fine"]
+
+    def test_an_error_half_way_leaves_the_model_as_it_was(self, monkeypatch):
+        model = nn.ModuleDict(
+            {"attention": nn.MultiheadAttention(4, 2, kdim=3, vdim=5), "last": nn.Linear(2, 2)}
+        )
+        before, optimizer = dict(model.named_parameters()), torch.optim.SGD(model.parameters(), lr=0.1)
+        register = torch.nn.utils.parametrize.register_parametrization
+
+        def fail_at_last(module, *arguments, **options):
+            if module is model["last"]:
+                raise MemoryError
+            register(module, *arguments, **options)
+
+        monkeypatch.setattr(torch.nn.utils.parametrize, "register_parametrization", fail_at_last)
+        with pytest.raises(MemoryError):
+            csq.parametrize(model)
+        assert type(model["attention"]) is nn.MultiheadAttention
+        after = dict(model.named_parameters())
+        assert list(after) == list(before)
+        assert all(after[name] is before[name] for name in before)
+        assert csq.bit_layers(model) == {}
+        monkeypatch.undo()
+        csq.parametrize(model)
+        csq.check_param_groups(model, torch.optim.SGD(csq.param_groups(model), lr=0.1))
+        with pytest.raises(InputError, match="are in no group"):
+            csq.check_param_groups(model, optimizer)
+
     @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
     def test_lazy_layers(self):
         with pytest.raises(InputError, match="no shape yet"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
@@ -58,8 +59,9 @@ def parametrize(
 
     Raises:
         InputError: n_bits outside 1 to 8; nothing to quantize; a layer that is parametrized already, frozen,
-            all zero, not finite, uninitialised, or an embedding with max_norm or sparse gradients. All such
-            layers are named, and the model is left as it was.
+            all zero, not finite, uninitialised, no parameter (old-style weight_norm), or an embedding with
+            max_norm or sparse gradients. All such layers are named, and the model is left as it was, as it is
+            after any other error.
 
     Example:
         >>> import torch, csq
@@ -75,18 +77,36 @@ def parametrize(
     count = sum({id(weight): weight.numel() for *_, weight in found}.values())
     compiled = kernels.choose(kernel, count, found[0][3].device)
     made: dict[int, BitPlanes] = {}  # by the identity of the weight: tied layers share one
-    for _, module, tensor_name, weight in found:
+    for _, module, _, weight in found:
         planes = made.get(id(weight))
         if planes is None:
             planes = BitPlanes(
                 weight, n_bits, init=init, mask=mask, gate_init=gate_init, compiled=compiled
             ).train(module.training)
             made[id(weight)] = planes
-        torch_parametrize.register_parametrization(module, tensor_name, planes, unsafe=True)
+    with _all_or_none([module for _, module, *_ in found]):
+        for _, module, tensor_name, weight in found:
+            torch_parametrize.register_parametrization(module, tensor_name, made[id(weight)], unsafe=True)
     for name in ("_csq_report", "report"):  # of an earlier hardening, which no longer holds
         if type(vars(unwrap(model)).get(name)).__name__ == "Report":
             object.__delattr__(unwrap(model), name)
     return model
+
+
+@contextmanager
+def _all_or_none(modules: list[nn.Module]) -> Iterator[None]:
+    """Give modules their classes, parameters and submodules back where the block raises."""
+    before = [(module, type(module), dict(module._parameters), dict(module._modules)) for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, kind, parameters, submodules in before:
+            module.__class__ = kind
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._modules.clear()
+            module._modules.update(submodules)
+        raise
 
 
 def _check_owners(model: nn.Module, found: list[tuple[str, nn.Module, str, Tensor]]) -> None:
@@ -165,13 +185,20 @@ def _check_weights(found: list[tuple[str, nn.Module, str, Tensor]]) -> None:
     if not found:
         raise InputError("leaves no layer to quantize", field="skip or select")
     problems = [
-        f"{name}: {problem}" for name, module, _, weight in found if (problem := _problem(module, weight))
+        f"{name}: {problem}"
+        for name, module, tensor_name, weight in found
+        if (problem := _problem(module, tensor_name, weight))
     ]
     if problems:
         raise InputError(f"cannot be quantized; {'; '.join(problems)}", field="model")
 
 
-def _problem(module: nn.Module, weight: Tensor) -> str | None:
+def _problem(module: nn.Module, tensor_name: str, weight: Tensor) -> str | None:
+    if module._parameters.get(tensor_name) is not weight:
+        return (
+            "its weight is no parameter, but computed from others (old weight_norm, spectral_norm, "
+            "pruning): remove that, or name the layer in skip"
+        )
     if isinstance(weight, nn.UninitializedParameter):
         return "its weight has no shape yet (a lazy layer): run the model once first"
     if weight.is_meta:
