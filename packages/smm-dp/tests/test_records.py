@@ -138,7 +138,7 @@ def test_npz_files_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_a_folder_of_idx_files_trains(tmp_path):
-    from smm_dp.runner import TrainingJob, train
+    from smm_dp.training_job import TrainingJob, train
 
     for name, array in contents().items():
         (tmp_path / name).write_bytes(idx(array))

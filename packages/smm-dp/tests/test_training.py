@@ -11,7 +11,7 @@ import torch
 from shared_core import InputError
 from smm_dp import RoundPrivacy
 from smm_dp.ledger import PrivacyLedger
-from smm_dp.runner import TrainingJob, aggregate_file, read_vectors, secure_round, train
+from smm_dp.runner import aggregate_file, read_vectors, secure_round
 from smm_dp.simulation import SimulatedSum
 from smm_dp.training import (
     Adam,
@@ -20,6 +20,7 @@ from smm_dp.training import (
     opacus_per_sample_gradients,
     per_sample_gradients,
 )
+from smm_dp.training_job import TrainingJob, train
 
 
 def small():
@@ -140,7 +141,7 @@ def test_a_killed_run_resumes_to_the_same_model_and_never_forgets_a_release(tmp_
     code = f"""
 import os, sys
 from pathlib import Path
-from smm_dp import runner
+from smm_dp import training_job as runner
 release = runner.training_release
 def killing(*args, **kwargs):
     inner = release(*args, **kwargs)

@@ -193,7 +193,7 @@ def simulate(
     ] = False,
 ) -> None:
     """Train a model on records that are each one participant's (simulated noise: protects nobody)."""
-    from smm_dp.runner import TrainingJob, train
+    from smm_dp.training_job import TrainingJob, train
 
     for line in train(
         TrainingJob(

@@ -178,9 +178,8 @@ class _MixtureSums:
         turan = -math.log1p(-2 / (inner + math.sqrt(4 * self.mu**2 + inner**2)))  # log r_(z-1)/r_z at most
         log_ratio = self.table[z + 1] - self.table[z] + steps * self.orders * turan
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            up = self.table[z] + self.orders * np.log(
-                ratio[-1]
-            )  # a ratio that under- or overflowed: infinite
+            # a ratio that under- or overflowed gives an infinite bound
+            up = self.table[z] + self.orders * np.log(ratio[-1])
             down = self.table[z] - (self.orders - 1) * np.log(ratio[0])
             bound = 2 * (self.orders + 1) * (np.exp(up) + np.exp(down)) / -np.expm1(log_ratio)
         return np.where((log_ratio < 0) & np.isfinite(bound), bound, np.inf)

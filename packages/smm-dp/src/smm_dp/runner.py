@@ -1,30 +1,25 @@
-"""Whole runs in one process: a file of vectors in, a private sum out; a training run that can be resumed."""
+"""A whole round in one process: vectors, or a file of them, in; a private sum out."""
 
-import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Float64
 
 from shared_core import InputError
-from shared_core.files import atomic_path, write_json
+from shared_core.files import atomic_path
 from smm_dp.calibration import calibrate, check_modulus, squared_norm
-from smm_dp.experiments import Method, Setting, build, training_release
 from smm_dp.ledger import PrivacyLedger
 from smm_dp.mechanism import Accounting, SkellamMixture
-from smm_dp.privacy import RoundPrivacy
 from smm_dp.randomness import secure_source
-from smm_dp.records import read_records
 from smm_dp.report import REPORT_FILES, privacy_report, write_report
 from smm_dp.secure_aggregation import AggregationPlan, aggregate_in_process
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _DENSE = 24  # up to so many participants everybody is everybody's neighbour
 
@@ -180,160 +175,3 @@ def aggregate_file(
         notes=(f"Clipping leaves about {found.shrinkage:.1%} of a vector of norm {norm:g}.",),
     )
     return [out / "result.npy", *write_report(report, out)]
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """A training run, as the command states it."""
-
-    out: Path
-    data: Path | None
-    method: str
-    epsilon: float
-    delta: float
-    scale: float
-    bits: int
-    sampling_rate: float
-    rounds: int
-    hidden: int
-    learning_rate: float
-    seed: int
-
-
-def _load(job: TrainingJob) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
-    import torch
-
-    if job.data is None:
-        from smm_dp.proof import digits_split
-
-        return digits_split(job.seed)
-    (records, classes), (test_records, test_classes) = read_records(job.data)
-    if test_records.shape[1] != records.shape[1]:
-        raise InputError(
-            f"training records have {records.shape[1]} values, test records {test_records.shape[1]}",
-            file=job.data,
-        )
-    training = torch.from_numpy(records), torch.from_numpy(classes)
-    return *training, torch.from_numpy(test_records), torch.from_numpy(test_classes)
-
-
-def _begin(job: TrainingJob, *, resumed: bool) -> None:
-    """Note the run's settings in its folder; a resumed run must have the same."""
-    file = job.out / "run.json"
-    settings = json.loads(json.dumps(asdict(job), default=str))
-    del settings["out"]
-    if not resumed:
-        write_json(file, settings)
-        return
-    if not file.exists():
-        raise InputError("has no run.json, which says what was run: start in another folder", file=job.out)
-    for field, value in json.loads(file.read_text()).items():
-        if settings.get(field) != value:
-            raise InputError(
-                f"the run was begun with {value}; resume it with the same settings",
-                file=file,
-                field=field,
-                value=settings.get(field),
-            )
-
-
-def train(job: TrainingJob, resume: bool) -> Iterator[str]:
-    """Train, checkpointing after every round; yield lines for the user.
-
-    The folder gets ledger.json (charged before every release), checkpoint.safetensors, result.json, and the
-    privacy report where the method is the Skellam mixture.
-
-    Raises:
-        InputError: A setting is wrong, the folder holds another run, or its ledger and checkpoint disagree.
-    """
-    from smm_dp.training import FederatedTraining, accuracy, multilayer_perceptron
-
-    if job.method not in get_args(Method) or job.method == "cpsgd":
-        raise InputError(
-            "expected smm-dp, smm-dp-numeric, skellam, ddgauss, gaussian or none",
-            field="--method",
-            value=job.method,
-        )
-    for field, value, least in (("--seed", job.seed, 0), ("--hidden", job.hidden, 1)):
-        if value < least:
-            raise InputError(f"expected at least {least}", field=field, value=value)
-    method: Method = job.method  # pyright: ignore[reportAssignmentType] checked above
-    records, classes, *test = _load(job)
-    sizes = (records.shape[1], job.hidden, int(classes.max()) + 1)
-    training = FederatedTraining(
-        multilayer_perceptron(sizes, job.seed),
-        records,
-        classes,
-        job.sampling_rate,
-        job.learning_rate,
-        job.seed,
-    )
-    setting = Setting(
-        job.epsilon,
-        job.delta,
-        training.optimizer.dim,
-        max(1, round(job.sampling_rate * len(records))),
-        job.sampling_rate,
-        job.rounds,
-    )
-    job.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, ledger_path = job.out / "checkpoint.safetensors", job.out / "ledger.json"
-    if not resume and (checkpoint.exists() or ledger_path.exists()):
-        raise InputError("holds a run already: pass --resume, or another folder", file=job.out)
-    _begin(job, resumed=checkpoint.exists() or ledger_path.exists())
-    ledger = mechanism = None
-    if method.startswith("smm-dp"):
-        mechanism = build(method, job.scale, job.bits, setting)
-        assert isinstance(mechanism, SkellamMixture)
-        check_modulus(mechanism.mu_total, job.bits, participants=setting.participants)
-        kind = RoundPrivacy(
-            mechanism.clip,
-            mechanism.mu_total,
-            mechanism.coordinate_bound,
-            mechanism.accounting,
-            job.sampling_rate,
-        )
-        ledger = PrivacyLedger(ledger_path, job.epsilon, job.delta, kind)
-    if resume and checkpoint.exists():
-        training.resume(checkpoint)
-        yield f"resumed after round {training.round}"
-    paid = 0 if ledger is None else ledger.rounds - training.round
-    if paid not in (0, 1):  # one, where a run was killed between charge and checkpoint
-        raise InputError(
-            f"counts {training.round + paid} releases, the checkpoint beside it has {training.round} rounds: "
-            "they are not of one run",
-            file=ledger_path,
-        )
-    release = training_release(method, setting, job.seed, scale=job.scale, bits=job.bits)
-    from smm_dp.ledger import BudgetExceeded
-
-    stopped, clip_rates, wrap_rates = None, [], []
-    try:
-        for result in training.rounds(release, job.rounds, ledger, paid=paid):
-            clip_rates.append(result.clip_rate)
-            wrap_rates.append(result.wrap_rate)
-            training.save(checkpoint)
-            if training.round % 10 == 0 or training.round == job.rounds:
-                yield f"round {training.round}: accuracy {accuracy(training.model, test[0], test[1]):.3f}"
-    except BudgetExceeded as error:
-        stopped = str(error)
-        training.save(checkpoint)
-        yield stopped
-    score = accuracy(training.model, test[0], test[1])
-    outcome = {"accuracy": score, "rounds": training.round, "stopped": stopped}
-    write_json(job.out / "result.json", json.loads(json.dumps(asdict(job), default=str)) | outcome)
-    if ledger is not None and ledger.rounds and isinstance(mechanism, SkellamMixture):
-        report = privacy_report(
-            mechanism,
-            ledger.round_privacy,
-            ledger.rounds,
-            job.delta,
-            sampler="AES-256-CTR from a seed",
-            secure_source=False,
-            aggregation="summed in one process (simulation)",
-            clip_rate=float(np.mean(clip_rates)) if clip_rates else None,
-            wrap_rate=float(np.mean(wrap_rates)) if wrap_rates else None,
-        )
-        write_report(report, job.out)
-        yield f"epsilon {ledger.spent().epsilon:.4f} at delta {job.delta:g} in {ledger.rounds} releases"
-    yield f"accuracy {score:.3f} after {training.round} rounds"
