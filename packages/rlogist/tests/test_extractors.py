@@ -10,7 +10,13 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
-from rlogist.extractors import IMAGENET_MEAN, IMAGENET_STD, EncoderExtractor, load_extractor
+from rlogist.extractors import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EncoderExtractor,
+    NormalizationWarning,
+    load_extractor,
+)
 from rlogist.stain import StainExtractor, optical_density, separate_stains
 from shared_core import InputError
 
@@ -92,7 +98,11 @@ def test_any_transformers_encoder(tmp_path, patches):
     )
     model = transformers.ViTModel(config).eval()
     model.save_pretrained(tmp_path)
+    with pytest.warns(NormalizationWarning, match="ImageNet's mean and deviation are used"):
+        assert torch.equal(load_extractor(f"hf/{tmp_path}")._mean.flatten(), torch.tensor(IMAGENET_MEAN))
+    transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5] * 3).save_pretrained(tmp_path)
     found = load_extractor(f"hf/{tmp_path}")
+    assert torch.equal(found._mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
     assert found.input_size == 32
     small = patches[:, :32, :32]
     x = (torch.from_numpy(np.array(small)).permute(0, 3, 1, 2) / 255 - found._mean) / found._std

@@ -5,6 +5,7 @@ An extractor is a callable with `dim`, `name` and `fingerprint`; features of two
 
 import hashlib
 import importlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -35,6 +36,10 @@ class Extractor(Protocol):
     def __call__(self, patches: UInt8[np.ndarray, "batch height width 3"]) -> Float[Tensor, "batch dim"]:
         """Encode RGB patches; the result lies on the CPU."""
         ...
+
+
+class NormalizationWarning(UserWarning):
+    """An encoder does not say how its images are normalized."""
 
 
 class EncoderExtractor:
@@ -203,12 +208,25 @@ def _transformers(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, di
     size = getattr(model.config, "image_size", None)
     if isinstance(size, int):
         prepare["input_size"] = size
+    return _Pooled(model), prepare | _normalization(name)
+
+
+def _normalization(name: str) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation of a transformers model's images; with a warning ImageNet's where it has none."""
+    import transformers
+
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
-        prepare["mean"], prepare["std"] = tuple(processor.image_mean), tuple(processor.image_std)
-    except (OSError, ValueError, AttributeError, TypeError):
-        pass  # no preprocessing beside the model: ImageNet's values
-    return _Pooled(model), prepare
+        return {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(
+            f"{name}: how its images are normalized cannot be read ({reason}); ImageNet's mean and deviation "
+            "are used",
+            NormalizationWarning,
+            stacklevel=2,
+        )
+        return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def _check_device(device: str) -> None:
