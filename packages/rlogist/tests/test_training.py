@@ -32,7 +32,8 @@ def trained() -> Modules:
 
 def ppo(own: Modules, steps: int = 320, seed: int = 0, **settings) -> PPO:
     torch.manual_seed(0)
-    env = BatchedFeatureVecEnv(make_store(bags(12, seed=1), own), own, 8, rho=0.25, seed=seed)
+    reward = settings.pop("reward", "delta_ce")
+    env = BatchedFeatureVecEnv(make_store(bags(12, seed=1), own), own, 8, rho=0.25, reward=reward, seed=seed)
     s = PPOSettings(**({"steps": steps, "n_envs": 8, "n_steps": 10, "lr": 2e-3} | settings))
     return PPO(env, Policy(DIM, 16), Critic(DIM, 16), s, seed)
 
@@ -94,6 +95,22 @@ def test_reinforcement_finds_the_regions_that_tell(trained):
     suspicious = env.states[torch.arange(8), action]
     typical = env.states.mean(dim=1)
     assert (suspicious[:, 0] > typical[:, 0] + 1).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(("reward", "discount"), [("terminal", 0.99), ("neg_ce", 0.99), ("delta_ce", 1.0)])
+def test_advantages_are_discounted_as_the_reward_asks(trained, reward, discount):
+    run = ppo(trained, reward=reward)
+    found = run.collect(torch.Generator().manual_seed(0))
+    ends = torch.zeros_like(found.action, dtype=torch.bool)
+    for env in range(8):  # the flags of looks fall back to one where a reading begins
+        seen = torch.tensor([int(state.observed[env].sum()) for state in found.states])
+        ends[:-1, env] = seen[1:] == 0
+        ends[-1, env] = run.env.time[env] == 0
+    state = run.env.state()
+    with torch.no_grad():
+        last = run.critic(state.states, state.observed, state.valid)
+    expected = advantages(found.reward, found.value, ends, last, discount, 0.95)
+    torch.testing.assert_close(found.advantage, expected)
 
 
 @pytest.mark.parametrize("joint", [0, 2])

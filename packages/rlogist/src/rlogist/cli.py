@@ -146,7 +146,6 @@ def train(
     from rlogist.modules import Architecture
     from rlogist.ppo import PPOSettings
     from rlogist.progress import training
-    from rlogist.rewards import default_discount
     from rlogist.staged import StagedSettings
 
     found = labelled_bags(features, labels)
@@ -165,13 +164,12 @@ def train(
     model.fingerprint = made["fingerprint"]
     model.opening = opening_of(made)
     out.mkdir(parents=True, exist_ok=True)
-    discount = default_discount(reward.value)  # pyright: ignore[reportArgumentType]
     with training(out / "tensorboard" if tensorboard else None) as on_epoch:
         model.fit(
             bags,
             held,
             staged=StagedSettings(epochs=epochs, batch=batch),
-            ppo=PPOSettings(steps=steps, n_envs=envs, discount=discount, joint_every=joint_every),
+            ppo=PPOSettings(steps=steps, n_envs=envs, joint_every=joint_every),
             folder=out,
             resume=resume,
             on_epoch=on_epoch,

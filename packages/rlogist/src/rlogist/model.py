@@ -22,7 +22,7 @@ from rlogist.features import SlideFeatures
 from rlogist.ledger import ReadLedger
 from rlogist.modules import Architecture, Critic, Modules, Policy, Update, masked, seeded
 from rlogist.ppo import PPO, PPOSettings
-from rlogist.rewards import Reward, check_reward, default_discount
+from rlogist.rewards import Reward, check_reward
 from rlogist.slides import Slide, UnreadableRegion
 from rlogist.sources import Bag, CachedSource, FeatureSource, SlideSource, check_bags
 from rlogist.staged import (
@@ -226,7 +226,7 @@ class RLogist:
             bags: Training slides (`bag_of`).
             validation: Slides of other patients that choose stage A's epoch.
             staged: Hyperparameters of stages A, B, B2.
-            ppo: Of stage C; where None, the released code's with the reward's discount.
+            ppo: Of stage C.
             folder: For checkpoints; none where None.
             resume: Go on from the folder's checkpoint, to the same bits as without interruption.
             on_epoch: Called after each epoch with (stage, done, total, scalars).
@@ -239,7 +239,7 @@ class RLogist:
         if validation:
             check_bags(validation, len(self.classes))
         staged = staged or StagedSettings()
-        ppo = ppo or PPOSettings(discount=default_discount(self.reward))
+        ppo = ppo or PPOSettings()
         run_stages(
             self._trained_networks(),
             self._stages(bags, validation, staged, ppo),

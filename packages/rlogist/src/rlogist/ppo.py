@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlogist.batched import BatchedFeatureVecEnv, State
 from rlogist.modules import Critic, Modules, Policy, masked, seeded
+from rlogist.rewards import default_discount
 from rlogist.staged import (
     classifier_step,
     derived_generator,
@@ -27,7 +28,7 @@ from shared_core import InputError
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """Hyperparameters of stage C; the released code's, except `discount` (1 for the reward `delta_ce`).
+    """Hyperparameters of stage C; the released code's.
 
     Args:
         steps: Looks in all, over all environments.
@@ -36,7 +37,7 @@ class PPOSettings:
         minibatches: Parts of a rollout.
         epochs: Passes over a rollout.
         lr: At the beginning.
-        discount: gamma.
+        discount: gamma; where None the reward's own, 0.99 as in the released code and 1 for `delta_ce`.
         trace: lambda of generalized advantage estimation.
         clip: Of the probability ratio and of values.
         entropy: Weight of the entropy bonus.
@@ -52,7 +53,7 @@ class PPOSettings:
     minibatches: int = 4
     epochs: int = 4
     lr: float = 2.5e-4
-    discount: float = 1.0
+    discount: float | None = None
     trace: float = 0.95
     clip: float = 0.2
     entropy: float = 0.01
@@ -68,7 +69,7 @@ class PPOSettings:
             raise InputError(
                 f"expected at most {self.n_envs * self.n_steps}", field="minibatches", value=self.minibatches
             )
-        if not 0 < self.discount <= 1 or not 0 <= self.trace <= 1:
+        if not 0 < (1.0 if self.discount is None else self.discount) <= 1 or not 0 <= self.trace <= 1:
             raise InputError("expected discount in (0, 1] and trace in [0, 1]")
 
     @property
@@ -113,6 +114,8 @@ class PPO:
         if env.n_envs != settings.n_envs:
             raise InputError(f"expected {env.n_envs}, as env has", field="n_envs", value=settings.n_envs)
         self.env, self.policy, self.critic, self.settings, self.seed = env, policy, critic, settings, seed
+        own = settings.discount
+        self.discount = default_discount(env.reward_kind) if own is None else own
         self.total, self.done = settings.updates, 0
         self.parameters = [*policy.parameters(), *critic.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.lr, eps=1e-5)
@@ -154,9 +157,7 @@ class PPO:
             dones.append(done)
         last = self.critic(state.states, state.observed, state.valid)
         value, reward = torch.stack(values), torch.stack(rewards)
-        advantage = advantages(
-            reward, value, torch.stack(dones), last, self.settings.discount, self.settings.trace
-        )
+        advantage = advantages(reward, value, torch.stack(dones), last, self.discount, self.settings.trace)
         return Rollout(states, torch.stack(actions), torch.stack(logs), value, reward, advantage)
 
     def logits(self, state: State) -> Float[Tensor, "batch regions"]:
