@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CORPUS, bart_with_tokenizer, family, t5_with_tokenizer, wordpiece_tokenizer
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 
 from relattn import EmbeddingRelevance, RelAttnModule, Steerer, online_select
 from relattn.generation import PAPER_SETTINGS, generation_settings
 from relattn.logit_boost import KeywordBoost
+from relattn.methods import MethodSettings, summarize
 from shared_core import InputError
 
 DOCUMENTS = [" ".join(CORPUS[:2]), CORPUS[3], " ".join(CORPUS[4:7])]
@@ -211,6 +212,15 @@ def test_finished_documents_come_before_later_ones_start(steerer):
     assert len(calls) == 1
 
 
+def test_gradients_are_on_in_the_callers_code_between_summaries(steerer):
+    weight = torch.ones(1, requires_grad=True)
+    for number, _ in steerer.iterate(DOCUMENTS, CONTROLS, batch_size=1, **SETTINGS):
+        assert torch.is_grad_enabled(), number
+        (2 * weight).sum().backward()
+    assert weight.grad == 6
+    assert torch.is_grad_enabled()
+
+
 def test_a_model_in_training_mode_generates_without_dropout_and_stays_in_training_mode(steerer):
     expected = _texts(steerer.generate(DOCUMENTS, CONTROLS, **SETTINGS))
     steerer.model.train()
@@ -278,6 +288,37 @@ def test_the_models_own_generation_settings_come_before_ours():
     model.generation_config.update(num_beams=2, max_length=50)
     assert generation_settings(model, {}) == {"do_sample": False}
     assert generation_settings(model, {"num_beams": 7}) == {"do_sample": False, "num_beams": 7}
+
+
+def test_a_generation_config_of_the_callers_keeps_the_models_own_settings_where_it_says_nothing():
+    model, _ = bart_with_tokenizer()
+    model.generation_config.update(max_length=50)
+    config = GenerationConfig(num_beams=2)
+    assert generation_settings(model, {"generation_config": config}) == {"generation_config": config}
+
+
+@pytest.mark.parametrize("place", ["model", "caller"])
+def test_settings_that_ask_for_an_object_still_give_text(place):
+    model, tokenizer = bart_with_tokenizer()
+    steerer = Steerer(model, tokenizer)
+    expected = _texts(steerer.generate(DOCUMENTS, CONTROLS, **SETTINGS))
+    config = model.generation_config if place == "model" else GenerationConfig(**SETTINGS, do_sample=False)
+    config.return_dict_in_generate = True
+    given = SETTINGS if place == "model" else {"generation_config": config}
+    assert _texts(steerer.generate(DOCUMENTS, CONTROLS, **given)) == expected
+    assert config.return_dict_in_generate  # the user's object is as it was
+    boosted = summarize("boost", steerer, DOCUMENTS, CONTROLS, MethodSettings(boost=0.0, generate=given))
+    assert [s.text for s in boosted] == _plain(steerer, DOCUMENTS, return_dict_in_generate=False)
+
+
+@pytest.mark.parametrize("place", ["model", "caller"])
+def test_settings_that_ask_for_several_summaries_are_refused(place):
+    model, tokenizer = bart_with_tokenizer()
+    config = model.generation_config if place == "model" else GenerationConfig(num_beams=2)
+    config.num_return_sequences = 2
+    given = {} if place == "model" else {"generation_config": config}
+    with pytest.raises(InputError, match=r"num_return_sequences: expected 1, .* \(got 2\)"):
+        Steerer(model, tokenizer).generate(DOCUMENTS, CONTROLS, **given)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -62,16 +63,19 @@ def generation_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dic
                 " to call generate yourself",
                 field=name,
             )
-    if given.get("num_return_sequences", 1) != 1:
-        raise InputError("expected 1: a document gets one summary", field="num_return_sequences")
     settings = dict(given)
-    own = settings.get("generation_config", model.generation_config)
-    if "generation_config" not in settings:
+    if (returned := setting(model, settings, "num_return_sequences", 1)) != 1:
+        raise InputError(
+            "expected 1, in the model's generation settings too: a document gets one summary",
+            field="num_return_sequences",
+            value=returned,
+        )
+    if settings.get("generation_config") is None:
         settings.setdefault("do_sample", False)
-        if getattr(own, "num_beams", None) in (None, 1):
+        if setting(model, settings, "num_beams", 1) == 1:
             settings.setdefault("num_beams", PAPER_SETTINGS["num_beams"])
     lengths = ("max_length", "max_new_tokens")
-    if not any(name in settings or getattr(own, name, None) is not None for name in lengths):
+    if all(setting(model, settings, name, None) is None for name in lengths):
         settings["max_new_tokens"] = PAPER_SETTINGS["max_length"]
     return settings
 
@@ -88,22 +92,28 @@ class PerDocument(Protocol):
 def settings_for(settings: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
     """The settings for a batch of the documents `numbers` of a call.
 
-    Logits processors that are `PerDocument` are asked for their part; all others must treat rows alike.
+    Logits processors that are `PerDocument` are asked for their part; all others must treat rows alike. What
+    comes back is ids alone, whatever the model's own settings say.
     """
-    if not settings.get("logits_processor"):
-        return dict(settings)
-    processors = [
-        processor.for_documents(numbers) if isinstance(processor, PerDocument) else processor
-        for processor in settings["logits_processor"]
-    ]
-    return {**settings, "logits_processor": LogitsProcessorList(processors)}
+    found = dict(settings)
+    if (config := settings.get("generation_config")) is None:
+        found["return_dict_in_generate"] = False
+    else:
+        found["generation_config"] = config = deepcopy(config)
+        config.return_dict_in_generate = False
+    if settings.get("logits_processor"):
+        found["logits_processor"] = LogitsProcessorList(
+            processor.for_documents(numbers) if isinstance(processor, PerDocument) else processor
+            for processor in settings["logits_processor"]
+        )
+    return found
 
 
 def setting(model: PreTrainedModel, settings: Mapping[str, Any], name: str, default: Any) -> Any:
     """A generation setting as `generate` will see it."""
-    own = settings.get("generation_config", model.generation_config)
-    value = settings.get(name, getattr(own, name, None))
-    return default if value is None else value
+    given = settings.get("generation_config")  # where it says nothing, generate asks the model's own
+    places = (settings.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in places if value is not None), default)
 
 
 def rows_that_fit(

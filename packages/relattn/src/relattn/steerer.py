@@ -204,8 +204,9 @@ class Steerer:
             _check_online(weight, grid, select, seed, setting(self.model, settings, "do_sample", False))
         elif weight is not None or self.module is None:
             self._given_weight(self.weight if weight is None else weight, len(texts))
-        with torch.no_grad():
-            for number, members in enumerate(_batches(texts, batch_size)):
+        for number, members in enumerate(_batches(texts, batch_size)):
+            # Gradients are off for the batch only: at a yield the caller's own code runs.
+            with torch.no_grad():
                 with evaluating(self.model):
                     batch = self._prepare([texts[n] for n in members], [asked[n] for n in members])
                 fit = rows_that_fit(self.model, settings, len(self.layers), batch.encoded.mask.shape[1])
@@ -219,7 +220,7 @@ class Steerer:
                     lines = decode(torch.arange(len(members)), w)
                     means = w.mean((1, 2)).tolist()
                     summaries = [ControlledSummary(*row) for row in zip(lines, means, results, strict=True)]
-                yield from zip(members, summaries, strict=True)
+            yield from zip(members, summaries, strict=True)
 
     def _online(
         self,
