@@ -99,6 +99,26 @@ def test_each_wrong_field_is_named(tmp_path, row, message):
         load_jsonl(write_lines(tmp_path / "x.jsonl", [json.dumps(row)]))
 
 
+STRANGE = "one\u2028two\u2029three\x85four"  # line ends for str.splitlines, letters for JSON
+
+
+def test_only_a_newline_ends_a_line_of_json(tmp_path):
+    rows = [json.dumps({"document": STRANGE, "control": "a"}, ensure_ascii=False), '{"broken']
+    path = write_lines(tmp_path / "x.jsonl", rows)
+    with pytest.raises(InputError, match=r"x.jsonl: line 2: is not JSON"):
+        load_jsonl(path)
+    path.write_bytes(rows[0].encode() + b"\r\n\r\n" + rows[0].encode())
+    assert [(e.id, e.document) for e in load_jsonl(path)] == [("1", STRANGE), ("3", STRANGE)]
+
+
+def test_only_a_newline_ends_a_line_of_aclsum(monkeypatch):
+    paper = {"id": "p", "sentences": {"abstract": [STRANGE]}, "summary": {"challenge": "s"}}
+    line = json.dumps(paper, ensure_ascii=False).encode() + b"\n"
+    monkeypatch.setattr("relattn.readers.wheels.member_bytes", lambda *_: line)
+    [example] = load_aclsum(source="abstract", aspects=["challenge"])
+    assert example.document == STRANGE
+
+
 def test_csv_columns_may_have_other_names_and_controls_several_phrases(tmp_path):
     path = write_csv(
         tmp_path / "x.csv", [["text", "about", "gold"], ["one", "a; b c", "s"], ["one", "d", "t"]]

@@ -127,7 +127,8 @@ def load_aclsum(
         if value not in allowed:
             raise InputError(f"expected one of {', '.join(allowed)}", field=field, value=value)
     found = []
-    for line in wheels.member_bytes("aclsum", f"aclsum/dataset/{split}.jsonl").decode().splitlines():
+    lines = wheels.member_bytes("aclsum", f"aclsum/dataset/{split}.jsonl").decode().split("\n")
+    for line in filter(str.strip, lines):
         paper = json.loads(line)
         parts = ("abstract", "introduction", "conclusion") if source == "all" else (source,)
         document = " ".join(sentence for part in parts for sentence in paper["sentences"][part])
@@ -202,7 +203,7 @@ _Read = Callable[[], Row]
 
 def json_lines(file: Path) -> Iterator[tuple[int, _Read]]:
     """Line numbers of a JSON Lines file, each with a function that reads the object there."""
-    for number, line in enumerate(_open(file).splitlines(), 1):
+    for number, line in enumerate(_open(file).split("\n"), 1):  # splitlines also cuts inside JSON strings
         if line.strip():
             yield number, lambda line=line: _object(line)
 
