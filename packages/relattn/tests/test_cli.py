@@ -12,6 +12,7 @@ from relattn import cli, methods
 from relattn.fewshot_data import FewShotExample
 from shared_core import command
 
+EVAL = ["eval", "--out", "OUT", "--data", "DATA", "--method"]
 SHORT = ["--beams", 2, "--max-tokens", 8, "--device", "cpu"]
 
 
@@ -151,6 +152,7 @@ def test_fewshot_learns_on_other_documents_than_it_validates_on(folder, data, tm
     arguments = ["fewshot", "--model", folder, "--data", data, "--out", out, "--train", 2, "--validation", 2,
                  "--steps", 2, "--trainable", "new", "--weight-variant", "per_layer", *SHORT]  # fmt: skip
     assert run(*arguments) == 0
+    assert json.loads((out / "relattn_config.json").read_text())["smooth_sigma"] is None  # as in the release
     record = json.loads((out / "fewshot.json").read_text())
     assert len(record["train"]) == len(record["validation"]) == 2
     assert not set(record["train"]) & set(record["validation"])
@@ -168,18 +170,34 @@ def test_fewshot_learns_on_other_documents_than_it_validates_on(folder, data, tm
         (["summarize", "--control", "music", "--device", "cuda:77"], "--device: no such device here"),
         (["eval", "--out", "OUT"], "--data: is missing: expected the data's place for the format jsonl"),
         (["eval", "--out", "OUT", "--format", "entsum", "--data", "DATA"], "--articles: is missing"),
+        ([*EVAL, "prefix", "--weight", "online"], "--weight: is not used by the method prefix"),
+        ([*EVAL, "relattn-prefix", "--weight", "online"], "--weight: expected a number for relattn-prefix"),
+        ([*EVAL, "relattn-online", "--weight", "0.3"], "--weight: is not used by the method relattn-online"),
+        ([*EVAL, "plain", "--temperature", "auto"], "--temperature: is not used by the method plain"),
+        ([*EVAL, "boost", "--module", "MODULE"], "--module: is not used by the method boost"),
+        ([*EVAL, "relattn", "--module", "MODULE", "--temperature", "auto"], "is the module's own"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(
     t5_folder, article, data, tmp_path, capsys, arguments, message
 ):
-    places = {"OUT": tmp_path / "out", "DATA": data}
+    (tmp_path / "module").mkdir()
+    places = {"OUT": tmp_path / "out", "DATA": data, "MODULE": tmp_path / "module"}
     given = [places.get(a, a) for a in arguments]
     last = [article] if arguments[0] == "summarize" else []
     assert run(given[0], "--model", t5_folder, *given[1:], *last) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert message in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_of_online_is_the_method_relattn_online(t5_folder, data, tmp_path):
+    for name, method in (("a", "relattn"), ("b", "relattn-online")):
+        assert run("eval", "--model", t5_folder, "--data", data, "--out", tmp_path / name, "--limit", 1,
+                   "--method", method, "--weight", "online", *SHORT) == 0  # fmt: skip
+        settings = json.loads((tmp_path / name / "results.jsonl.settings.json").read_text())
+        assert (settings["method"], settings["weight"]) == ("relattn-online", None)
 
 
 def test_models_that_are_no_summarizers_are_named_with_what_is_supported(tmp_path, article, capsys):

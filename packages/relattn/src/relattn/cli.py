@@ -209,8 +209,12 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUT holds.")] = False,
 ) -> None:
     """Summarize and score a data set; finished examples are on disk at once."""
-    if weight == "online":
+    if weight == "online" and method in ("relattn", "relattn-online"):
         method, weight = "relattn-online", None
+    if weight == "online" and method == "relattn-prefix":
+        raise InputError("expected a number for relattn-prefix", field="--weight", value=weight)
+    _refuse_unused(method, {"--weight": weight, "--temperature": None if temperature == "1" else temperature,
+                            "--module": module})  # fmt: skip
     examples = _examples(data, format, split, articles, skip_bad)[:limit]
     steerer = _steerer(model, temperature, module, max_source, device)
     from relattn import evaluation, methods
@@ -305,8 +309,9 @@ def fewshot(
     chosen, held_out = split_by_document(few, train, validation, seed)
     sharpness = "auto" if temperature == "auto" else float(temperature)
     module = RelAttnModule.for_model(
-        loaded, relevance="trained", weight=weight_variant, initial_weight=0.07, temperature=sharpness
-    )
+        loaded, relevance="trained", weight=weight_variant, initial_weight=0.07, temperature=sharpness,
+        smooth_sigma=None,
+    )  # fmt: skip
     settings = learning.FewShotSettings(
         trainable=trainable, steps=steps, warmup=min(10, steps), learning_rate=learning_rate, seed=seed,
         generation=_generation(beams, max_tokens, None),
@@ -358,6 +363,24 @@ def _text(document: Path | None) -> str:
         return document.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"is not UTF-8 text: {error.reason} at byte {error.start}", file=document) from error
+
+
+# Which methods of `eval` read an option. A comparison must not be labelled with what had no effect.
+_READERS = {
+    "--weight": ("relattn", "relattn-prefix"),
+    "--temperature": ("bias", "extract", "relattn", "relattn-online", "relattn-prefix"),
+    "--module": ("bias", "extract", "relattn", "relattn-online", "relattn-prefix"),
+}
+
+
+def _refuse_unused(method: str, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value is not None and method not in _READERS[option]:
+            raise InputError(
+                f"is not used by the method {method}: expected one of {', '.join(_READERS[option])}",
+                field=option,
+                value=str(value),
+            )
 
 
 def _number(weight: str | None) -> Any:
@@ -419,6 +442,8 @@ def _steerer(
     from relattn.steerer import Steerer
     from relattn.weights import RelAttnModule
 
+    if module is not None and temperature != "1":
+        raise InputError("is the module's own: give one of the two", field="--temperature", value=temperature)
     loaded, tokenizer = _load(model, device)
     if module is not None:
         trained = RelAttnModule.from_pretrained(module).to(loaded.device)
