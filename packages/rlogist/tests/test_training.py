@@ -5,7 +5,7 @@ import pytest
 import torch
 from feature_worlds import DIM, architecture, bags, modules
 
-from rlogist.batched import BatchedFeatureVecEnv, make_store
+from rlogist.batched import BatchedFeatureVecEnv, make_store, play
 from rlogist.modules import Critic, Modules, Policy
 from rlogist.ppo import PPO, PPOSettings, advantages
 from rlogist.staged import (
@@ -129,6 +129,26 @@ def test_reinforcement_goes_on_to_the_same_bits(joint):
     run_stage(second)
     for key, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_joint_training_shows_the_classifier_the_ends_of_all_readings(monkeypatch):
+    shown = []
+
+    def record(own, optimizer, states, batch):
+        shown.append((states, batch))
+        return 0.0
+
+    monkeypatch.setattr("rlogist.ppo.classifier_step", record)
+    run = ppo(modules(3), joint_every=1)
+    run.epoch()
+    store, own = run.env.store, run.env.modules
+    ended = play(store, own, lambda s: run.policy(s.states, s.observed), 0.25)
+    assert sum(len(batch) for _, batch in shown) == len(store) == 12
+    for states, batch in shown:
+        for row in range(len(batch)):
+            size = batch.sizes[row]
+            alike = [i for i in range(12) if torch.equal(store.scan[i, :size], batch.scan[row, :size])]
+            torch.testing.assert_close(states[row, :size], ended.states[alike[0], :size])
 
 
 def test_stage_a_goes_on_to_the_same_bits():

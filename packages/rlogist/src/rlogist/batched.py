@@ -121,7 +121,7 @@ class BatchedFeatureVecEnv:
         check_update(update)
         if n_envs < 1:
             raise InputError("expected at least 1", field="n_envs", value=n_envs)
-        self.store, self.modules, self.n_envs = store, modules.eval(), n_envs
+        self.store, self.modules, self.n_envs, self.rho = store, modules.eval(), n_envs, rho
         self.reward_kind: Reward = reward
         self.update: Update = update
         self.looks = torch.tensor([episode_length(size, rho) for size in store.sizes])

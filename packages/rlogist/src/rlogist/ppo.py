@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from rlogist.batched import BatchedFeatureVecEnv, State
-from rlogist.modules import Critic, Modules, Policy, masked, seeded
+from rlogist.batched import BatchedFeatureVecEnv, State, play
+from rlogist.modules import Critic, Policy, masked, seeded
 from rlogist.rewards import default_discount
 from rlogist.staged import (
     classifier_step,
@@ -24,6 +24,9 @@ from rlogist.staged import (
     part_of,
 )
 from shared_core import InputError
+
+JOINT_BATCH = 8
+"""Slides a step of the classifier between updates."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class PPOSettings:
         entropy: Weight of the entropy bonus.
         value: Weight of the value loss.
         max_norm: Of gradients.
-        joint_every: After so many updates, one step of the classifier on the policy's own states; 0 keeps it
-            frozen.
+        joint_every: After so many updates, one pass of the classifier over all slides, on the states where
+            the policy's own readings end; 0 keeps it frozen.
     """
 
     steps: int = 500_000
@@ -137,7 +140,7 @@ class PPO:
         scalars = self.learn(rollout, generator)
         self.done += 1
         if self.joint is not None and self.done % self.settings.joint_every == 0:
-            scalars["joint_loss"] = self._joint_step(self.joint, generator)
+            scalars["joint_loss"] = self._joint_pass(self.joint, generator)
         return scalars
 
     @torch.no_grad()
@@ -217,17 +220,20 @@ class PPO:
         }
         return loss, scalars
 
-    def _joint_step(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> float:
-        """The classifier learns from where the policy is now."""
-        modules: Modules = self.env.modules
-        batch = self.env.store.part(self.env.slide)
-        width = batch.scan.shape[1]
-        modules.train()
+    def _joint_pass(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> float:
+        """The classifier learns from where the policy's readings of all slides end."""
+        env, losses = self.env, []
         with seeded(generator):
-            loss = classifier_step(modules, optimizer, self.env.states[:, :width], batch)
-        modules.eval()
-        self.env.refresh()
-        return loss
+            for slides in torch.randperm(len(env.store), generator=generator).split(JOINT_BATCH):
+                batch = env.store.part(slides)
+                ended = play(
+                    batch, env.modules, lambda s: self.policy(s.states, s.observed), env.rho, env.update
+                )
+                env.modules.train()
+                losses.append(classifier_step(env.modules, optimizer, ended.states, batch))
+        env.modules.eval()
+        env.refresh()
+        return float(np.mean(losses))
 
     def finish(self) -> None:
         """Nothing: the last update counts."""
