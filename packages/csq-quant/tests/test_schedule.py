@@ -257,6 +257,33 @@ class TestState:
         with pytest.raises(InputError, match="resume with the same"):
             schedule.penalty()
 
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"contiguous": True}, r"contiguous False there, True here"),
+            ({"min_bits": 0}, r"min_bits 1 there, 0 here"),
+            ({"on_miss": "raise"}, r"on_miss settle there, raise here"),
+            ({"budget": "layers"}, r"budget weights there, layers here"),
+        ],
+    )
+    def test_what_decides_the_scheme_at_its_end_cannot_change_on_the_way(self, change, words):
+        model = csq.parametrize(small_net())
+        train(model, optimizer_for(model), self.plan(model), 5)
+        with pytest.raises(InputError, match=rf"in the midst of a run with another plan \({words}\); resume"):
+            self.plan(model, **change)
+        self.plan(model, trace_every=3)  # what is recorded is no part of it
+
+    @pytest.mark.filterwarnings("ignore:hardened at temperature")
+    def test_after_a_finished_run_it_is_said_how_to_start_anew(self):
+        model = csq.parametrize(small_net())
+        train(model, optimizer_for(model), self.plan(model), 40)
+        with pytest.raises(
+            InputError, match=r"has finished a run .*; to start anew, call csq\.parametrize on"
+        ):
+            self.plan(model, target_bits=1.5)
+        again = csq.parametrize(csq.harden(model))  # as the message says
+        assert self.plan(again, target_bits=1.5).step_count == 0
+
     def test_trace_has_the_bits_of_each_layer(self):
         model = csq.parametrize(small_net())
         schedule = self.plan(model, trace_every=10)

@@ -15,7 +15,7 @@ from shared_core import InputError
 
 DEAD = -17.0
 """β m_B below which a mask gate is 0 in float32 arithmetic (4e-8), and its plane is skipped."""
-PLAN_FIELDS = 7
+PLAN_FIELDS = 10
 """Numbers that a schedule writes into `plan`; see csq.schedule."""
 
 

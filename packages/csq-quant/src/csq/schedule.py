@@ -22,6 +22,12 @@ from shared_core import InputError
 Finetune = Literal["hold", "reramp"]
 OnMiss = Literal["warn", "raise", "settle"]
 
+PLAN = (
+    "target_bits", "steps", "search steps", "beta_max", "lam", "budget", "finetune", "contiguous", "min_bits",
+    "on_miss",
+)  # fmt: skip
+"""What the numbers of a plan are, in the order in which bit planes keep them."""
+
 SETTLED = 0.02
 """How far from its target, as a share of it, a settled scheme may lie without a warning."""
 
@@ -66,7 +72,8 @@ class Schedule:
 
     Raises:
         InputError: a value out of range; a model without bit planes; a model whose state belongs to a run
-            with another plan, as when a checkpoint is resumed with another target.
+            with another plan, as when a checkpoint is resumed with another target. All arguments but
+            trace_every are the plan.
 
     Example:
         >>> import torch, csq
@@ -273,6 +280,9 @@ class Schedule:
                 self.lam,
                 get_args(Budget).index(self.budget),
                 get_args(Finetune).index(self.finetune),
+                self.contiguous,
+                self.min_bits,
+                get_args(OnMiss).index(self.on_miss),
             ],
             dtype=torch.float64,
         )
@@ -294,16 +304,17 @@ class Schedule:
         self._step = int(self._planes[0].step)
         found = self._planes[0].plan.cpu()
         if self._step > 0 and not torch.equal(found, self._plan):
-            names = ("target_bits", "steps", "search steps", "beta_max", "lam", "budget", "finetune")
             differing = [
-                f"{name} {old:g} there, {new:g} here"
-                for name, old, new in zip(names, found.tolist(), self._plan.tolist(), strict=True)
+                f"{name} {_words(name, old)} there, {_words(name, new)} here"
+                for name, old, new in zip(PLAN, found.tolist(), self._plan.tolist(), strict=True)
                 if old != new
             ]
-            raise InputError(
-                f"is in the midst of a run with another plan ({'; '.join(differing)}); resume with the same",
-                field="model",
-            )
+            if self._step >= found[PLAN.index("steps")]:
+                state = "has finished a run"
+                advice = "to start anew, call csq.parametrize on csq.harden(model)"
+            else:
+                state, advice = "is in the midst of a run", "resume with the same"
+            raise InputError(f"{state} with another plan ({'; '.join(differing)}); {advice}", field="model")
 
     def _check(self, search: float) -> None:
         n = self.n_bits
@@ -339,6 +350,16 @@ class Schedule:
         ):
             if not low < value <= high:
                 raise InputError(f"expected above {low:g}, at most {high:g}", field=field, value=value)
+
+
+def _words(name: str, value: float) -> str:
+    """A number of the plan as the argument that it stands for."""
+    choices = {"budget": get_args(Budget), "finetune": get_args(Finetune), "on_miss": get_args(OnMiss)}
+    if name in choices:
+        return choices[name][int(value)]
+    if name == "contiguous":
+        return str(bool(value))
+    return "None" if name == "target_bits" and value < 0 else f"{value:g}"
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:
