@@ -1,4 +1,4 @@
-"""The README's Python runs as one session on a user's own model directory; its commands have their options."""
+"""The README's Python runs as one session on a user's own model; its commands have their options."""
 
 import re
 import shutil
