@@ -100,6 +100,28 @@ def test_a_pplm_step_has_the_published_size():
     assert torch.equal(pplm._normalised(torch.zeros(3, 2)), torch.zeros(3, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pplm_steps_in_half_precision_are_those_of_full_precision(dtype):
+    model = family("bart")
+    _, mask, states = encoded(model)
+    bags, written = [[11, 12], [], [70]], torch.tensor([[2, 8, 9]] * 3)
+    plain = model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=written).logits[:, -1]
+    full = PPLM(model, states, mask, bags, step_size=0.05).perturbed_logits(written).softmax(1)
+    small = family("bart").to(dtype)
+    half = PPLM(small, states.to(dtype), mask, bags, step_size=0.05)
+    found = half.perturbed_logits(written).float().softmax(1)
+    assert not found.isnan().any()
+    for row in (0, 2):
+        gain = (full[row, bags[row]].sum() / plain.softmax(1)[row, bags[row]].sum()).item()
+        ratio = (found[row, bags[row]].sum() / full[row, bags[row]].sum()).item()
+        assert gain > 1.05
+        assert ratio == pytest.approx(1, abs=(gain - 1) / 2)
+    small_gradient = torch.full((1, 4), 1e-5, dtype=dtype)
+    expected = small_gradient.float() / small_gradient.float().norm() ** 1.5
+    torch.testing.assert_close(half._normalised(small_gradient), expected)
+    assert torch.equal(half._normalised(torch.zeros(1, 4, dtype=dtype)), torch.zeros(1, 4))
+
+
 def test_pplm_fuses_logits_by_gm_and_keeps_forbidden_tokens_forbidden():
     model = family("bart")
     _, mask, states = encoded(model)

@@ -128,12 +128,15 @@ class PPLM(LogitsProcessor):
         self.cost.steps += 1
         memory = self._memory(input_ids[:, :-1], copies)
         last = input_ids[:, -1:]
-        changes: Memory = [torch.zeros_like(part) for part in memory]
+        # Half precision would round both norms and small changes to 0; the sum alone is in the model's type.
+        changes: Memory = [
+            torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in memory
+        ]
         before = None
         for _ in range(self.iterations):
             changes = [change.detach().requires_grad_() for change in changes]
             with torch.enable_grad():
-                logits = self._next(last, [m + c for m, c in zip(memory, changes, strict=True)], copies)
+                logits = self._next(last, _changed(memory, changes), copies)
                 log_p = logits.float().log_softmax(1)
                 before = log_p.detach() if before is None else before  # the first changes are zero
                 loss = -log_p.masked_fill(~bag, -torch.inf).logsumexp(1)
@@ -146,12 +149,13 @@ class PPLM(LogitsProcessor):
                 for change, gradient in zip(changes, gradients, strict=True)
             ]
         with torch.no_grad():
-            return self._next(last, [m + c for m, c in zip(memory, changes, strict=True)], copies)
+            return self._next(last, _changed(memory, changes), copies)
 
     def _normalised(self, gradient: Float[Tensor, " rows *rest"]) -> Float[Tensor, " rows *rest"]:
         """The gradient over its norm to the power gamma, the norm of each row by itself."""
         if not gradient.numel():
             return gradient
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         norms = gradient.flatten(1).norm(dim=1).clamp(min=_TINY) ** self.gamma
         return gradient / norms.view(-1, *[1] * (gradient.dim() - 1))
 
@@ -191,6 +195,10 @@ class PPLM(LogitsProcessor):
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+
+
+def _changed(memory: Memory, changes: Memory) -> Memory:
+    return [(part + change).to(part.dtype) for part, change in zip(memory, changes, strict=True)]
 
 
 def _keys_and_values(layer: object) -> tuple[Tensor, Tensor]:
