@@ -47,7 +47,7 @@ class Case:
         self.relevance = relevance / relevance.sum(1, keepdim=True)
         self.weight = torch.rand(3, len(self.layers), self.layers[0].heads, generator=g)
         with torch.no_grad():
-            arguments = encoder_arguments(self.model, self.ids)
+            arguments = encoder_arguments(self.model, self.mask)
             encoded = encoder_of(self.model)(input_ids=self.ids, attention_mask=self.mask, **arguments)
             self.states = encoded.last_hidden_state
             context = relevant_context(self.relevance, decoder_view(self.model, self.states))
@@ -176,7 +176,7 @@ def test_one_hook_a_decoder_layer_and_none_in_encoder_or_self_attention(name):
     with case.steered():
         hooked = [n for n, module in case.model.named_modules() if module._forward_pre_hooks]
         with torch.no_grad():
-            arguments = encoder_arguments(case.model, case.ids)
+            arguments = encoder_arguments(case.model, case.mask)
             again = encoder_of(case.model)(input_ids=case.ids, attention_mask=case.mask, **arguments)
     assert len(hooked) == 2  # each of these models has 2 decoder layers
     crossing = ("encoder_attn", "EncDecAttention", "cross_attn", "crossattention")
@@ -279,6 +279,44 @@ def test_the_reference_gives_mixed_probabilities_and_restores_the_implementation
     assert case.model.config._attn_implementation == before
     assert torch.equal(case.logits(), plain)
     assert not [key for key in hf.AttentionInterface._global_mapping if key.startswith("relattn")]
+
+
+def test_the_reference_says_so_if_the_switch_of_the_implementation_did_nothing(monkeypatch):
+    case = Case("bart")
+    monkeypatch.setattr(case.model, "set_attn_implementation", lambda *_: None)
+    with (
+        pytest.raises(RuntimeError, match="steering reached 0 of 2 cross-attentions that ran"),
+        steered_reference(case.model, case.layers, case.relevance, case.weight),
+    ):
+        case.logits()
+    with steered_reference(case.model, case.layers, case.relevance, case.weight):
+        pass  # nothing ran, so nothing was missed
+    assert not [n for n, module in case.model.named_modules() if module._forward_pre_hooks]
+
+
+def test_the_reference_says_so_if_a_layer_is_left_out_of_evaluation(monkeypatch):
+    case = Case("bart")
+    layer = case.model.model.decoder.layers[0]
+    monkeypatch.setattr(layer, "forward", lambda states, *_, **__: states)
+    with (
+        pytest.raises(RuntimeError, match="steering reached 1 of 2 cross-attentions"),
+        steered_reference(case.model, case.layers, case.relevance, case.weight),
+    ):
+        case.logits()
+
+
+def test_the_reference_lets_training_drop_layers():
+    case = Case("m2m_100")
+    decoder = case.model.model.decoder
+    decoder.layerdrop = 0.5
+    ran = []
+    for number, layer in enumerate(decoder.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    decoder.training = True  # and no other module: no dropout here
+    for _ in range(12):
+        with steered_reference(case.model, case.layers, case.relevance, case.weight):
+            case.logits()
+    assert 0 < len(ran) < 24  # layers were dropped
 
 
 def test_the_reference_restores_the_implementation_after_an_exception():

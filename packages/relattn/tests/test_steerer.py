@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from number_tokenizer import NumberTokenizer
 from tiny_models import CORPUS, bart_with_tokenizer, family, t5_with_tokenizer, wordpiece_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 
 from relattn import EmbeddingRelevance, RelAttnModule, Steerer, online_select
+from relattn.families import encoder_arguments
 from relattn.generation import PAPER_SETTINGS, generation_settings
 from relattn.logit_boost import KeywordBoost
 from relattn.methods import MethodSettings, summarize
@@ -245,6 +247,52 @@ def test_a_left_padded_batch_has_the_relevance_of_the_right_padded_one():
         with torch.no_grad(), steerer.steer(batch, CONTROLS) as inputs:
             outputs.append(model(**inputs, decoder_input_ids=torch.tensor([[0, 8, 9]] * 3)).logits)
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_without_mask_has_the_mask_that_generate_infers(steerer):
+    batch = steerer.tokenizer(DOCUMENTS, return_tensors="pt", padding=True)
+    outputs = []
+    for asked in ({"input_ids": batch.input_ids}, batch):
+        with steerer.steer(asked, CONTROLS) as inputs:
+            assert torch.equal(inputs["attention_mask"], batch.attention_mask)
+            outputs.append(steerer.model.generate(**inputs, do_sample=False, **SETTINGS))
+    assert torch.equal(*outputs)
+    steerer.model.config.pad_token_id = steerer.model.generation_config.eos_token_id  # texts end with it
+    with steerer.steer({"input_ids": batch.input_ids}, CONTROLS) as inputs:
+        assert inputs["attention_mask"].all()
+
+
+def test_leds_global_attention_is_on_the_first_real_token_or_where_the_user_says():
+    model = family("led")
+    padded = encoder_arguments(model, torch.tensor([[1, 1, 1], [0, 0, 1]]))
+    assert padded["global_attention_mask"].tolist() == [[1, 0, 0], [0, 0, 1]]
+    steerer = Steerer(model, NumberTokenizer())
+    ids = torch.randint(5, 99, (1, 12))
+    target = torch.tensor([[2, 7]])
+    wide = torch.zeros_like(ids)
+    wide[0, [0, 5]] = 1
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = {}
+    for name, asked in (("first", batch), ("own", {**batch, "global_attention_mask": wide})):
+        with torch.no_grad(), steerer.steer(asked, ["12"], 0.3) as inputs:
+            found[name] = model(**inputs, decoder_input_ids=target).logits
+            if name == "own":  # the model's own encoder pass is the same one
+                assert torch.allclose(model(**asked, decoder_input_ids=target).logits, found[name], atol=1e-6)
+    assert (found["own"] - found["first"]).abs().max() > 1e-3
+
+
+def test_a_short_batch_leaves_bigbirds_block_sparse_attention_on_and_its_modes_as_they_were():
+    model = family("bigbird_pegasus_sparse")
+    steerer = Steerer(model, NumberTokenizer())
+    long = " ".join(map(str, range(10, 60)))
+    before = steerer.relevance([long], ["12"])[0].a_rel
+    model.train()
+    steerer.generate(["12 14"], ["12"], max_new_tokens=2)
+    assert model.get_encoder().attention_type == "block_sparse"
+    assert all(layer.self_attn.attention_type == "block_sparse" for layer in model.get_encoder().layers)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert torch.equal(steerer.relevance([long], ["12"])[0].a_rel, before)
 
 
 def test_half_precision_models_are_steered():

@@ -1,11 +1,12 @@
 """A batch behind the encoder: one pass gives relevance, context vectors, and what decoding starts from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -73,20 +74,41 @@ class SteerableBatch:
 
 
 def encode(
-    model: PreTrainedModel, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch tokens"],
+    mask: Bool[Tensor, "batch tokens"],
+    global_attention: Int[Tensor, "batch tokens"] | None = None,
 ) -> EncodedBatch:
-    """One pass of the encoder. Ids and mask on the model's device."""
-    output = encoder_of(model)(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        output_hidden_states=True,
-        return_dict=True,
-        **encoder_arguments(model, ids),
-    )
+    """One pass of the encoder. Ids and masks on the model's device.
+
+    Args:
+        model: The summarizer.
+        ids: Source ids.
+        mask: True at real source tokens.
+        global_attention: LED's mask, 1 at tokens with global attention; each row's first real token if None.
+    """
+    more = encoder_arguments(model, mask)
+    if more and global_attention is not None:
+        more = {"global_attention_mask": global_attention}
+    with _attention_type_kept(encoder_of(model)):
+        output = encoder_of(model)(
+            input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, return_dict=True, **more
+        )
     states = output.last_hidden_state
     # Some encoders (PEGASUS-X, block-sparse BigBird) pad to a multiple of their block inside.
     first = output.hidden_states[0][:, : ids.shape[1]]
     return EncodedBatch(ids, mask, first, states, decoder_view(model, states))
+
+
+@contextmanager
+def _attention_type_kept(encoder: nn.Module) -> Iterator[None]:
+    """BigBird turns to full attention at a short batch, and would stay with it for all longer ones."""
+    before = getattr(encoder, "attention_type", None)
+    try:
+        yield
+    finally:
+        if before is not None and before != getattr(encoder, "attention_type", None):
+            cast(Any, encoder).set_attention_type(before)
 
 
 def prepare(
@@ -99,6 +121,7 @@ def prepare(
     control_mask: Bool[Tensor, "batch controls"],
     phrases: Sequence[Sequence[str]] = (),
     tokens: Sequence[Sequence[str]] = (),
+    global_attention: Int[Tensor, "batch tokens"] | None = None,
 ) -> SteerableBatch:
     """Encode a batch once; its relevance to the controls, and the context vector of each layer.
 
@@ -112,9 +135,11 @@ def prepare(
         control_mask: True at real control tokens, at least one a row.
         phrases: The controls as text, for relevances that read it.
         tokens: The real source tokens as text, likewise.
+        global_attention: See `encode`.
     """
     device = model.device
-    encoded = encode(model, ids.to(device), mask.to(device))
+    wide = None if global_attention is None else global_attention.to(device)
+    encoded = encode(model, ids.to(device), mask.to(device), wide)
     vectors = source_embeddings(model, control_ids.to(device))
     real = control_mask.to(device)
     inputs = RelevanceInputs(

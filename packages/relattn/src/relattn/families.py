@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -96,6 +96,11 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
     return _part(model, "encoder")
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The model's decoder."""
+    return _part(model, "decoder")
+
+
 def decoder_view(
     model: PreTrainedModel, states: Float[Tensor, "batch tokens width"]
 ) -> Float[Tensor, "batch tokens width2"]:
@@ -104,13 +109,14 @@ def decoder_view(
     return states if projection is None else projection(states)
 
 
-def encoder_arguments(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> dict[str, Tensor]:
-    """What an encoder wants beside ids and mask: LED's global attention, on the first token."""
+def encoder_arguments(
+    model: PreTrainedModel, mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"]
+) -> dict[str, Tensor]:
+    """What an encoder wants beside ids and mask: LED's global attention, on each row's first real token."""
     if model.config.model_type != "led":
         return {}
-    mask = torch.zeros_like(input_ids)
-    mask[:, 0] = 1
-    return {"global_attention_mask": mask}
+    first = mask.long().argmax(dim=1, keepdim=True)
+    return {"global_attention_mask": torch.zeros_like(mask, dtype=torch.long).scatter(1, first, 1)}
 
 
 def uses_attention_interface(model: PreTrainedModel) -> bool:

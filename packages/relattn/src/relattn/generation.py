@@ -156,14 +156,14 @@ def decode_rows(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout is off inside the block; each module is in its former mode behind it."""
-    training = [module for module in model.modules() if module.training]
+    training = {name for name, module in model.named_modules() if module.training}
     try:
-        for module in training:
+        for module in model.modules():
             module.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        for name, module in model.named_modules():  # by name: BigBird puts new modules into old places
+            module.training = module.training or name in training
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from relattn.families import CrossAttention, uses_attention_interface
+from relattn.families import CrossAttention, decoder_of, uses_attention_interface
 from relattn.steering import check_weight, exclusive
 from shared_core import InputError
 
@@ -38,7 +38,8 @@ def steered_reference(
     Raises:
         InputError: The model does not ask the attention interface, a weight is not in [0, 1], or the model is
             being steered already.
-        RuntimeError: A forward pass inside the block did not reach every cross-attention.
+        RuntimeError: A cross-attention ran inside the block that was not steered, or a pass of the decoder
+            left one out (LayerDrop in training may).
     """
     if not uses_attention_interface(model):
         raise InputError(
@@ -65,10 +66,40 @@ def steered_reference(
         groups = kept.shape[1] // value.shape[1]  # above 1 in grouped-query attention
         return (kept @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), mixed
 
-    with exclusive([layer.output for layer in layers]), _attention_implementation(model, name, attend):
+    with (
+        exclusive([layer.output for layer in layers]),
+        _attention_implementation(model, name, attend),
+        _expected(model, layers) as expected,
+    ):
         yield
-    if reached and len(reached) != len(mixing):
-        raise RuntimeError(f"steering reached {len(reached)} of {len(mixing)} cross-attentions")
+    if missed := expected - reached:
+        raise RuntimeError(
+            f"steering reached {len(expected) - len(missed)} of {len(expected)} cross-attentions that ran"
+        )
+
+
+@contextmanager
+def _expected(model: PreTrainedModel, layers: Sequence[CrossAttention]) -> Iterator[set[int]]:
+    """The ids of the attention modules that steering must reach, filled in while passes run.
+
+    Each module that runs; and all of them once the decoder runs without dropping layers at random.
+    """
+    decoder = decoder_of(model)
+    found: set[int] = set()
+
+    def decoder_runs(*_: Any) -> None:
+        if not (decoder.training and getattr(decoder, "layerdrop", 0.0)):
+            found.update(id(layer.attention) for layer in layers)
+
+    handles = [decoder.register_forward_pre_hook(decoder_runs)]
+    handles += [
+        layer.attention.register_forward_pre_hook(lambda module, _: found.add(id(module))) for layer in layers
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _mix(

@@ -115,23 +115,27 @@ class Steerer:
         Differentiable: gradients reach the model, and the module's parameters where the steerer has one.
 
         Args:
-            batch: What the tokenizer gives: a mapping with input_ids (batch, tokens) and attention_mask.
+            batch: What the tokenizer gives: a mapping with input_ids (batch, tokens) and attention_mask;
+                without the latter, ids that are the pad's are pads, as `generate` takes them. LED's
+                global_attention_mask is honoured; without one, each row's first real token is global.
             controls: One control a row; None or blank leaves its row as it is.
             weight: As for `generate`, without "online"; the steerer's by default.
 
         Yields:
             Arguments for `generate` or a forward pass that save a second encoder pass:
             ``with steerer.steer(batch, controls) as inputs: model.generate(**inputs)``. Calling
-            ``model.generate(**batch)`` gives the same.
+            ``model.generate(**batch)`` gives the same (for LED if the batch has a global_attention_mask: the
+            model alone uses none).
 
         Raises:
             InputError: As for `generate`.
         """
         ids = batch["input_ids"]
-        mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
+        mask = batch["attention_mask"].bool() if "attention_mask" in batch else self._real_tokens(ids)
         asked = read_controls(self.tokenizer, controls, len(ids), "plain")
         tokens = [self.tokenizer.convert_ids_to_tokens(i[m].tolist()) for i, m in zip(ids, mask, strict=True)]
-        prepared = self._behind_encoder(ids, mask, asked, tokens)
+        wide = batch.get("global_attention_mask")
+        prepared = self._behind_encoder(ids, mask, asked, tokens, wide)
         w = self._weights(prepared, weight, range(len(ids)), asked)
         with steered(self.layers, prepared.contexts, w.to(prepared.a_rel)):
             yield prepared.encoded.rows(torch.arange(len(ids), device=ids.device))
@@ -289,20 +293,29 @@ class Steerer:
         found = (self.model.config.pad_token_id, self.tokenizer.pad_token_id, 0)
         return next(i for i in found if i is not None)
 
+    def _real_tokens(self, ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """Where no mask is given: all but pads, unless the pad ends texts, too (transformers' rule)."""
+        pad, ends = self.model.config.pad_token_id, self.model.generation_config.eos_token_id
+        if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+            return torch.ones_like(ids).bool()
+        return ids != pad
+
     def _behind_encoder(
         self,
         ids: Int[Tensor, "batch tokens"],
         mask: Bool[Tensor, "batch tokens"],
         asked: Sequence[EncodedControl | None],
         tokens: Sequence[Sequence[str]],
+        global_attention: Int[Tensor, "batch tokens"] | None = None,
     ) -> SteerableBatch:
         # A document without control is never steered; a pad stands in for it, so that shapes fit.
         control_ids, control_mask = pad([c.ids if c else [self.pad_id] for c in asked], self.pad_id)
         phrases = [c.phrases if c else () for c in asked]
         settings = self.relevance_settings
         return prepare(
-            self.model, self.layers, settings, ids, mask, control_ids, control_mask, phrases, tokens
-        )
+            self.model, self.layers, settings, ids, mask, control_ids, control_mask, phrases, tokens,
+            global_attention,
+        )  # fmt: skip
 
     def _result(
         self, batch: SteerableBatch, row: int, document: SourceDocument, control: EncodedControl | None
