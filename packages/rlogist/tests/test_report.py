@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from feature_worlds import architecture
-from generated_slides import tissue_slide
+from generated_slides import lossless, tissue_picture, tissue_slide
 
 from rlogist.model import RLogist
 from rlogist.ppo import PPOSettings
 from rlogist.report import write_report
-from rlogist.slides import Slide
-from rlogist.sources import Bag
+from rlogist.slides import OneLevelWarning, Slide
+from rlogist.sources import Bag, SlideSource
 from rlogist.staged import StagedSettings
 
 
@@ -46,6 +46,32 @@ def test_the_page_has_everything_and_needs_nothing_from_elsewhere(model, tmp_pat
     assert [shape["properties"]["measurements"]["Look"] for shape in looks] == list(range(1, found.looks + 1))
     x, y = Slide(tmp_path / "a & b.tif", patch=32).regions.xy[found.path[0].region]
     assert looks[0]["geometry"]["coordinates"][0][0] == [x, y]
+
+
+def test_what_the_first_look_changed_is_shown(model, tmp_path: Path):
+    with Slide(tissue_slide(tmp_path / "a.tif"), patch=32) as slide:
+        found = model.predict(slide)
+        write_report(tmp_path / "a.html", slide, found, top=found.looks)
+    change = found.path[0].probability[-1] - found.start[-1]
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert change != 0
+    assert re.search(rf"look 1 at \([^)]*\): {re.escape(f'{change:+.3f}')}<", page)
+    own, scan = model.modules, SlideSource(Slide(tmp_path / "a.tif", patch=32), model.extractor).scan()
+    rows = own.standardize(scan, own.centre(scan)).unsqueeze(0)
+    logits = own.classifier(rows, torch.ones(rows.shape[:2], dtype=torch.bool))
+    assert found.start == pytest.approx(logits.softmax(-1)[0].tolist(), abs=1e-6)
+
+
+def test_the_page_of_a_slide_with_one_level_says_that_nothing_was_saved(model, tmp_path: Path):
+    path = lossless(tmp_path / "one.tif", [tissue_picture()])
+    with pytest.warns(OneLevelWarning):
+        slide = Slide(path, patch=32)
+    with slide:
+        found = model.predict(slide)
+        again = model.predict(slide)
+        write_report(tmp_path / "a.html", slide, found)
+    assert "nothing is saved" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "nothing is saved" in again.ledger.notes[0]
 
 
 def test_glass_has_a_page_too(model, tmp_path: Path):

@@ -74,6 +74,7 @@ class Episode:
         self.valid = torch.ones(1, len(scan), dtype=torch.bool)
         self.path: list[Look] = []
         self.logits = self._classify()
+        self.start_probability = self.probability
 
     @property
     def allowed(self) -> Bool[Tensor, "1 rows"]:

@@ -50,12 +50,13 @@ class Prediction:
         status: `read`, or `no tissue`: there is no class then.
         classes: Names of the classes.
         probability: Of each class; empty without tissue.
+        start: Of each class, from the scan alone.
         path: The looks in order.
         regions: N, with damaged ones.
         region_index: Which of the grid the rows of the state are.
         attention: Of the classifier at the end, one number a row.
         seconds: Wall time with opening's segmentation, scan, networks.
-        ledger: What was read for this answer.
+        ledger: What was read for this answer; its notes are all that is known of the slide.
         rho: Share of regions that was asked for.
     """
 
@@ -63,6 +64,7 @@ class Prediction:
     status: Literal["read", "no tissue"]
     classes: list[str]
     probability: list[float]
+    start: list[float]
     path: list[Look]
     regions: int
     region_index: list[int]
@@ -106,6 +108,7 @@ class Prediction:
             "label": self.label,
             "classes": self.classes,
             "probability": self.probability,
+            "start": self.start,
             "path": [asdict(look) for look in self.path],
             "regions": self.regions,
             "looks": self.looks,
@@ -398,17 +401,21 @@ class RLogist:
         started: float,
         before: ReadLedger,
     ) -> Prediction:
+        ledger = source.ledger.since(before)
+        for text in source.ledger.notes:  # said at opening or in an earlier reading, and true for this one
+            ledger.note(text)
         return Prediction(
             slide=source.name,
             status="no tissue" if episode is None else "read",
             classes=self.classes,
             probability=[] if episode is None else episode.probability,
+            start=[] if episode is None else episode.start_probability,
             path=[] if episode is None else episode.path,
             regions=regions,
             region_index=source.region_index.tolist(),
             attention=[] if episode is None else episode.attention()[0].tolist(),
             seconds=perf_counter() - started,
-            ledger=source.ledger.since(before),
+            ledger=ledger,
             rho=rho,
         )
 

@@ -115,10 +115,10 @@ def draw_path(picture: Picture, slide: Slide, found: Prediction, scale: float) -
 
 
 def probability_curve(found: Prediction) -> str:
-    """Probability of the last class after each look, as an SVG."""
+    """Probability of the last class from the scan and after each look, as an SVG."""
     width, height, left = 1040, 220, 40
-    values = [look.probability[-1] for look in found.path]
-    step = (width - left - 10) / max(1, len(values) - 1)
+    values = [found.start[-1], *(look.probability[-1] for look in found.path)]
+    step = (width - left - 10) / (len(values) - 1)
     points = [(left + i * step, 10 + (height - 40) * (1 - value)) for i, value in enumerate(values)]
     grid = "".join(
         f'<line x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
@@ -128,9 +128,11 @@ def probability_curve(found: Prediction) -> str:
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#D55E00"><title>look {i}: {v:.3f}</title></circle>'
-        for i, ((x, y), v) in enumerate(zip(points, values, strict=True), start=1)
+        for i, ((x, y), v) in list(enumerate(zip(points, values, strict=True)))[1:]
     )
-    label = html.escape(f"probability of {found.classes[-1]} by look, 1 to {len(values)}")
+    label = html.escape(
+        f"probability of {found.classes[-1]} from the scan and after looks 1 to {len(found.path)}"
+    )
     return (
         f'<figure><svg viewBox="0 0 {width} {height}" width="100%" role="img" aria-label="{label}">{grid}'
         f'<polyline points="{line}" fill="none" stroke="#D55E00" stroke-width="2"/>{dots}</svg>'
@@ -161,7 +163,7 @@ def _attention(picture: Picture, slide: Slide, found: Prediction, scale: float) 
 
 def _top_regions(slide: Slide, found: Prediction, top: int) -> str:
     looks = [(i, look) for i, look in enumerate(found.path) if look.damaged is None]
-    before = {i: found.path[i - 1].probability[-1] if i else look.probability[-1] for i, look in looks}
+    before = {i: (found.path[i - 1].probability if i else found.start)[-1] for i, _ in looks}
     ranked = sorted(looks, key=lambda entry: -abs(entry[1].probability[-1] - before[entry[0]]))[:top]
     shown = []
     for order, look in ranked:
