@@ -14,6 +14,9 @@ import typer
 import shared_core.command
 from shared_core import InputError
 
+class DeviceError(InputError):
+    exit_code = 3
+
 app = typer.Typer()
 
 @app.command()
@@ -23,6 +26,7 @@ def work(what: str, bits: int = 4):
         case "fine": print("done")
         case "bad": raise InputError("expected 2 to 8", field="bits", value=9)
         case "lines": raise InputError("first\\nsecond")
+        case "device": raise DeviceError("no driver")
         case "missing": open("not/there.txt")
         case "folder": Path("/").write_text("")
         case "fault": raise RuntimeError("ours")
@@ -99,6 +103,10 @@ def test_after_two_dashes_debug_is_an_argument_like_any_other(app):
     assert code == 2
     assert "Traceback" not in errors
     assert "--debug" in errors
+
+
+def test_a_kind_of_bad_input_may_have_its_own_exit_code(app):
+    assert ended(app, "work", "device") == (3, "", "error: no driver\n")
 
 
 def test_a_fault_of_ours_keeps_its_traceback_without_local_values_and_exits_70(app):

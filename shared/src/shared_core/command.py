@@ -33,6 +33,7 @@ def run(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
     0     the command ended
     n     the command returned the integer n or raised `typer.Exit(n)` (`prove`: 1, a claim does not hold)
     2     bad input: InputError, wrong option, unusable path; stderr has one line, ``error: ...``
+          (a subclass of InputError may have another `exit_code`)
     70    a fault of ours; stderr has the traceback (without the values of local variables)
     130   interrupted by Ctrl-C, or a question was declined
     ====  ==========================================================================================
@@ -55,7 +56,7 @@ def run(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
             sys.exit(BAD_INPUT)
         _fail(error.format_message(), debug)
     except InputError as error:
-        _fail(str(error), debug)
+        _fail(str(error), debug, error.exit_code)
     except _PATH_ERRORS as error:
         if error.filename is None:
             _crash()
@@ -90,9 +91,9 @@ def _say(message: str, debug: bool) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
-def _fail(message: str, debug: bool) -> NoReturn:
+def _fail(message: str, debug: bool, code: int = BAD_INPUT) -> NoReturn:
     _say(message, debug)
-    sys.exit(BAD_INPUT)
+    sys.exit(code)
 
 
 def _crash() -> NoReturn:

@@ -25,9 +25,14 @@ class InputError(ValueError):
         field: The field, column, option or argument that is wrong.
         value: The value that was found there.
 
+    Attributes:
+        exit_code: What a command exits with, 2; a subclass may have a code of its own.
+
     >>> str(InputError("expected 2 to 8", file="run.toml", field="bits", value=9))
     'run.toml: bits: expected 2 to 8 (got 9)'
     """
+
+    exit_code = 2
 
     def __init__(
         self,

@@ -1,0 +1,1 @@
+"""migperf: benchmarks work on partitions of an accelerator and recommends a partition."""
