@@ -89,6 +89,7 @@ def read(path: str | os.PathLike[str]) -> BenchConfig:
         raise InputError("is no UTF-8 text", file=path) from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _no_key_twice(path, node)
         loader = yaml.SafeLoader("")
         root = _Reader(path, node, None if node is None else loader.construct_document(node), "the file")
     except yaml.YAMLError as error:
@@ -96,6 +97,20 @@ def read(path: str | os.PathLike[str]) -> BenchConfig:
         where = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{where}{getattr(error, 'problem', None) or 'is no YAML'}", file=path) from error
     return _config(root)
+
+
+def _no_key_twice(file: str | os.PathLike[str], node: Any) -> None:
+    """Refuse what YAML's own reader would let pass: the last of two equal keys would win in silence."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise _Reader(file, key, None, key.value).wrong("stands there twice")
+            seen.add(key.value)
+            _no_key_twice(file, value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _no_key_twice(file, value)
 
 
 class _Reader:
@@ -112,21 +127,16 @@ class _Reader:
         """Return the entries of a mapping by key; with `known`, other keys are refused."""
         if not isinstance(self.value, Mapping):
             raise self.wrong(f"expected keys and values, got {self.value!r}")
-        seen: set[Any] = set()
-        for key_node, _ in self.node.value:
-            if key_node.value in seen:
-                raise _Reader(self.file, key_node, None, key_node.value).wrong(
-                    f"{key_node.value} stands there twice"
-                )
-            seen.add(key_node.value)
+        nodes = {key.value: (key, value) for key, value in self.node.value}  # own keys come after merged ones
         entries = {}
-        for (key_node, value_node), (key, value) in zip(self.node.value, self.value.items(), strict=True):
-            entry = _Reader(self.file, value_node, value, str(key))
+        for key, value in self.value.items():
+            name = str(key)
+            key_node, value_node = nodes.get(name, (self.node, self.node))
             if known is not None and key not in known:
-                near = difflib.get_close_matches(str(key), known, 1)
+                near = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-                raise _Reader(self.file, key_node, key, str(key)).wrong(f"unknown key{hint}")
-            entries[str(key)] = entry
+                raise _Reader(self.file, key_node, key, name).wrong(f"unknown key{hint}")
+            entries[name] = _Reader(self.file, value_node, value, name)
         return entries
 
     def items(self) -> list["_Reader"]:
