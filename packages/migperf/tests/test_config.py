@@ -66,7 +66,7 @@ def test_without_mig_the_whole_gpu_is_shared_by_time(tmp_path):
         ("duration: 2.5", "duration: .inf", "line 16: expected seconds above 0, got inf"),
         ("  - id: 0", "  - id: 0\n    device: cpu", "line 2: expected either id"),
         ("mig: true", "mig: true\n    mps: true", "line 4: MIG and MPS together"),
-        ("duration: 2.5", "gpus: []", "line 16: gpus stands there twice"),
+        ("duration: 2.5", "gpus: []", "line 16: stands there twice"),
         ("gpus:", "gpu:", "line 1: unknown key; did you mean gpus?"),
         ("{job: serve}]", "{job: serve]", "line 9"),
     ],
@@ -75,6 +75,14 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path, old, new, message):
     assert old in GOOD
     with pytest.raises(InputError, match=rf"bench\.yaml: .*{re.escape(message)}"):
         read(tmp_path, GOOD.replace(old, new))
+
+
+def test_jobs_may_share_settings_by_yamls_merge(tmp_path):
+    text = GOOD.replace("  train: {", "  train: &train {").replace(
+        "  serve:\n", "  serve:\n    <<: *train\n    mode: infer\n"
+    )
+    serve = read(tmp_path, text).jobs["serve"]
+    assert (serve.workload, serve.mode, serve.batch) == ("timm/vit_small_patch16_224", "infer", 32)
 
 
 @pytest.mark.parametrize(
