@@ -1,17 +1,20 @@
 """Runs the tests of shared/, tools/ and every package; ``make test`` calls it.
 
 Each member's tests run in a pytest process of their own, so that import hooks and warning filters of one
-cannot hide or cause a failure in another. The last line sums up all of them in pytest's own form.
+cannot hide or cause a failure in another. Two run at a time where there are two cores, each with one thread
+for mathematics; what one prints is shown when it ends. The last line sums all up in pytest's own form.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -65,14 +68,50 @@ def read_counts(file: Path, code: int, name: str) -> Counts:
     return counts + Counts(broken=(name,)) if unexplained else counts
 
 
-def run(name: str, tests: Path, root: Path, options: Sequence[str]) -> Counts:
-    """One pytest process for the tests of one member."""
-    print(f"== {name}", flush=True)
+def run(name: str, tests: Path, root: Path, options: Sequence[str], *, live: bool) -> tuple[Counts, str]:
+    """One pytest process for one member's tests: its counts, and what it printed unless that was live."""
+    if not tests.is_dir():
+        return Counts(broken=(name,)), ""  # a member without tests is not done: it is not clean
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # more would only wait for one another
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.xml"
-        command = [sys.executable, "-m", "pytest", str(tests), f"--junitxml={result}", "-q", *options]
-        code = subprocess.run(command, cwd=root, check=False).returncode
-        return read_counts(result, code, name)
+        ended = subprocess.run(
+            [sys.executable, "-m", "pytest", str(tests), f"--junitxml={result}", "-q", *options],
+            cwd=root,
+            env={**os.environ, **threads},
+            stdout=None if live else subprocess.PIPE,
+            stderr=None if live else subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        return read_counts(result, ended.returncode, name), ended.stdout or ""
+
+
+def run_all(chosen: Sequence[tuple[str, Path]], root: Path, options: Sequence[str], jobs: int) -> Counts:
+    """All suites, `jobs` at a time."""
+    if jobs == 1 or len(chosen) == 1:
+        counts = Counts()
+        for name, tests in chosen:
+            print(f"== {name}", flush=True)
+            counts += run(name, tests, root, options, live=True)[0]
+        return counts
+    return sum(_side_by_side(chosen, root, options, jobs), Counts())
+
+
+def _side_by_side(
+    chosen: Sequence[tuple[str, Path]], root: Path, options: Sequence[str], jobs: int
+) -> Iterator[Counts]:
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {name: pool.submit(run, name, tests, root, options, live=False) for name, tests in chosen}
+        try:
+            for name, future in running.items():
+                counts, output = future.result()
+                print(f"== {name}\n{output}", end="", flush=True)
+                yield counts
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def suites(root: Path, only: str | None) -> list[tuple[str, Path]]:
@@ -82,6 +121,10 @@ def suites(root: Path, only: str | None) -> list[tuple[str, Path]]:
     return [*found, *((member.name, member.folder / "tests") for member in chosen)]
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m tools.suite``."""
     parser = argparse.ArgumentParser(prog="python -m tools.suite", description=__doc__)
@@ -89,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--root", type=Path, default=workspace.ROOT, help="another workspace than this repository"
     )
+    parser.add_argument("--jobs", type=int, default=min(2, _cores()), help="suites at a time (default: 2)")
     parser.add_argument("options", nargs="*", help="handed on to pytest, after --")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
@@ -97,12 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except workspace.WorkspaceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    counts = Counts()
-    for name, tests in chosen:
-        # A member without tests is not done: it counts as broken, not as clean.
-        counts += (
-            run(name, tests, arguments.root, arguments.options) if tests.is_dir() else Counts(broken=(name,))
-        )
+    counts = run_all(chosen, arguments.root, arguments.options, max(1, arguments.jobs))
     for name in counts.broken:
         print(f"error: the tests of {name} are missing or did not run to their end", file=sys.stderr)
     print(counts.line(time.monotonic() - start), flush=True)

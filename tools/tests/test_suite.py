@@ -63,3 +63,22 @@ def test_one_member_alone_and_a_wrong_name(tested: FakeWorkspace, capfd: pytest.
     assert suite.main(["--root", str(tested.root), "--package", "shared"]) == 0
     assert last_line(capfd).startswith("1 passed, 1 skipped in ")
     assert suite.main(["--root", str(tested.root), "--package", "sharde"]) == 2
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_suites_print_stays_together_and_adds_up(
+    tested: FakeWorkspace, capfd: pytest.CaptureFixture[str], jobs: str
+) -> None:
+    for name in ("one", "two"):
+        add_tests(
+            tested.package(name, ""),
+            f"import time\n\ndef test_slow():\n    print('start {name}', flush=True)\n"
+            f"    time.sleep(0.5)\n    print('end {name}', flush=True)\n",
+        )
+    assert suite.main(["--root", str(tested.root), "--jobs", jobs, "--", "-s"]) == 0
+    out = capfd.readouterr().out
+    assert out.rstrip().split("\n")[-1].strip("= ").startswith("4 passed, 1 skipped in ")
+    for name in ("one", "two"):
+        between = out[out.index(f"== {name}") :].split(f"end {name}")[0]
+        assert f"start {name}" in between
+        assert between.count("start") == 1
