@@ -9,6 +9,7 @@ import torch
 from tiny_models import CORPUS, bart_with_tokenizer, family, t5_with_tokenizer
 from transformers import LogitsProcessorList
 
+from relattn import methods
 from relattn.extract import extract, sentence_relevance
 from relattn.families import cross_attentions, encoder_of
 from relattn.logit_boost import KeywordBoost
@@ -172,6 +173,60 @@ def test_pplm_for_some_documents_is_what_each_of_them_gets():
         whole.for_documents([3])
 
 
+def test_accumulated_perturbations_are_handed_on_by_what_a_row_has_written():
+    """Rows change places as in beam search; each is what it is alone, its memory carried along by hand."""
+    model = family("bart")
+    _, mask, states = encoded(model, (9, 5))
+    options = {"step_size": 0.05, "accumulate": True}
+    pplm = PPLM(model, states, mask, [[11, 12], [40]], **options)
+    start = torch.tensor([[2]] * 4)  # two documents, two beams each
+    second = torch.tensor([[2, 8], [2, 9], [2, 9], [2, 7]])
+    third = torch.tensor([[2, 9, 5], [2, 8, 6], [2, 7, 5], [2, 7, 6]])  # beams 2 and 1; beam 2 twice
+    found = [pplm.perturbed_logits(written) for written in (start, second, third)]
+    for row in range(4):
+        document = row // 2
+        real = mask[document].bool()
+        alone = PPLM(model, states[[document]][:, real], mask[[document]][:, real],
+                     [[[11, 12], [40]][document]], **options)  # fmt: skip
+        expected = [alone.perturbed_logits(third[[row], :length]) for length in (1, 2, 3)]
+        parent = second.tolist().index(third[row, :2].tolist(), 2 * document)
+        for step, place in enumerate((row, parent, row)):
+            torch.testing.assert_close(found[step][[place]], expected[step], atol=5e-4, rtol=0)
+    afresh = PPLM(model, states, mask, [[11, 12], [40]], step_size=0.05)
+    assert torch.allclose(afresh.perturbed_logits(start), found[0], atol=1e-5)
+    assert (afresh.perturbed_logits(third) - found[2]).abs().max() > 1e-2
+    assert pplm.cost.forward_passes == 5 * pplm.cost.steps
+
+
+def test_accumulated_perturbations_are_those_of_a_cache_that_is_never_made_anew():
+    """The published loop: the cache of the pass on perturbed memory is the next step's memory."""
+    model = family("bart")
+    _, mask, states = encoded(model, (9,))
+    pplm = PPLM(model, states, mask, [[11]], step_size=0.05, accumulate=True)
+    steps = torch.tensor([[2, 8, 6]])
+    found = [pplm.perturbed_logits(steps[:, :length]) for length in (1, 2, 3)]
+    memory = PPLM(model, states, mask, [[11]])._memory(steps[:, :0], 1)
+    for n, logits in enumerate(found):
+        fresh = PPLM(model, states, mask, [[11]])._next(steps[:, :1], memory, 1)[0] if n == 0 else None
+        for _ in range(3):
+            parts = [part.detach().requires_grad_() for part in memory]
+            p = PPLM(model, states, mask, [[11]])._next(steps[:, n : n + 1], parts, 1)[0].log_softmax(1)
+            with torch.no_grad():
+                plain = model(
+                    encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=steps[:, : n + 1]
+                ).logits[:, -1].log_softmax(1)  # fmt: skip
+            loss = -p[0, 11] + 0.01 * (p.exp() * (p - plain)).sum()
+            slopes = torch.autograd.grad(loss, parts, allow_unused=True)
+            memory = [
+                part if g is None or not g.numel() else part - 0.05 * g / g.norm() ** 1.5
+                for part, g in zip(memory, slopes, strict=True)
+            ]
+        with torch.no_grad():
+            expected, memory = PPLM(model, states, mask, [[11]])._next(steps[:, n : n + 1], memory, 1)
+        torch.testing.assert_close(logits, expected, atol=5e-4, rtol=0)
+        assert fresh is None or (fresh - expected).abs().max() > 1e-2
+
+
 # --- keyword boost
 
 
@@ -187,6 +242,8 @@ def test_a_boost_goes_to_its_own_documents_beams_and_not_to_words_written_alread
     again = KeywordBoost([[3, 4], [5]], boost=2.0, once=False)(written, scores)
     assert again[1, 3] == 2
     assert again[2, 5] == 2
+    scores[0, 3] = -torch.inf
+    assert KeywordBoost([[3, 4], [5]])(written, scores)[0, 3] == -torch.inf
     with pytest.raises(InputError, match="multiple of 3 rows"):
         KeywordBoost([[3], [4], [5]])(written, scores)
     with pytest.raises(InputError, match="boost: expected a number"):
@@ -203,6 +260,21 @@ def test_a_large_boost_makes_beam_search_say_each_documents_word():
     for row, (word,) in enumerate(words):
         assert word in out[row]
         assert not {31, 32, 33} - {word} & set(out[row].tolist()) - {31, 32, 33}
+
+
+def test_under_beam_search_a_hypothesis_keeps_the_bonus_in_its_score():
+    model = family("bart")
+    ids, mask, _ = encoded(model, (9,))
+    boost = KeywordBoost([[31]], 50.0)
+    out = model.generate(
+        ids, attention_mask=mask, logits_processor=LogitsProcessorList([boost]), output_scores=True,
+        return_dict_in_generate=True, length_penalty=0.0, **BEAMS,
+    )  # fmt: skip
+    assert out.sequences[0].tolist().count(31) == 1
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, decoder_input_ids=out.sequences[:, :-1]).logits
+    steps = logits.log_softmax(2).gather(2, out.sequences[:, 1:, None]).sum()
+    assert out.sequences_scores[0].item() == pytest.approx(steps.item() + 50, abs=1e-3)
 
 
 # --- pre-softmax bias
@@ -262,6 +334,26 @@ def test_the_bias_refuses_models_without_the_interface_and_wrong_shares():
         softmax_bias(bart, cross_attentions(bart), span, 0.0),
     ):
         pass
+
+
+def test_the_bias_method_keeps_special_tokens_and_the_relevant_sentences_in_the_span(monkeypatch):
+    model, tokenizer = bart_with_tokenizer()
+    spans = []
+
+    def spy(model, layers, span, alpha):
+        spans.append(span)
+        return softmax_bias(model, layers, span, alpha)
+
+    monkeypatch.setattr(methods, "softmax_bias", spy)
+    documents = [f"{CORPUS[0]} {CORPUS[2]}", CORPUS[3]]
+    summarize("bias", Steerer(model, tokenizer), documents, ["music", "trees"],
+              MethodSettings(sentences=1, generate=GREEDY))  # fmt: skip
+    encoded = tokenizer(documents[0])["input_ids"]
+    first = len(tokenizer(CORPUS[0], add_special_tokens=False)["input_ids"])
+    kept = [0, *range(1, first + 1), len(encoded) - 1]  # <s>, the sentence about music, </s>
+    (span,) = spans
+    assert span[0].nonzero().flatten().tolist() == kept
+    assert span[1].sum() == len(tokenizer(documents[1])["input_ids"])  # no pad
 
 
 # --- all methods, by name

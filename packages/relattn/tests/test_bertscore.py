@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tiny_models import CORPUS, wordpiece_tokenizer
+from tiny_models import CORPUS, bart_with_tokenizer, wordpiece_tokenizer
 
-from relattn import online_select
+from relattn import Steerer, online_select
 from relattn.bertscore import BertScore
 
 
@@ -49,6 +49,25 @@ def test_pairs_equal_greedy_matching_by_hand(score):
 
 def test_a_text_without_words_agrees_with_none(score):
     assert score([CORPUS[0], ""])[0, 1] == 0
+
+
+def test_the_model_is_loaded_once_for_all_documents_on_the_summarizers_device(score, monkeypatch):
+    loads = []
+    monkeypatch.setattr(BertScore, "from_pretrained", lambda **options: loads.append(options) or score)
+    model, tokenizer = bart_with_tokenizer()
+    found = Steerer(model, tokenizer).generate(
+        list(CORPUS[:3]), ["music", "opera", "river"], "online", similarity="bertscore", grid=(0.1, 0.9),
+        batch_size=1, max_new_tokens=4, num_beams=1,
+    )  # fmt: skip
+    assert len(found) == 3
+    assert loads == [{"device": model.device}]
+
+
+def test_the_model_is_put_on_the_device_asked_for(score, tmp_path):
+    for part in (score.model, score.tokenizer):
+        part.save_pretrained(tmp_path)
+    assert BertScore.from_pretrained(str(tmp_path), 1, "meta").model.device.type == "meta"
+    assert BertScore.from_pretrained(str(tmp_path), 1).model.device.type == "cpu"
 
 
 def test_it_can_decide_online_selection(score):

@@ -9,7 +9,6 @@ import pytest
 from tiny_models import CORPUS
 
 from relattn import cli, methods
-from relattn.fewshot_data import FewShotExample
 from shared_core import command
 
 EVAL = ["eval", "--out", "OUT", "--data", "DATA", "--method"]
@@ -160,7 +159,6 @@ def test_fewshot_learns_on_other_documents_than_it_validates_on(folder, data, tm
     capsys.readouterr()
     assert run(*arguments[:9], "--validation", 9, *arguments[11:]) == 2
     assert "expected at least 11 documents" in capsys.readouterr().err
-    assert FewShotExample("d", "t", "c", "s").key == ["d", "c"]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,22 @@ def test_the_terminal_shows_shares_also_without_colour(explanation):
     assert "48;2;249;115;22" in colour.getvalue()  # the most relevant word's background
 
 
+def test_a_terminal_gets_no_control_characters_from_a_text_and_colours_stay_on_their_words():
+    document = "Cats\x07\x08\x0b\x0c\r\x1b[2J\x7f\x9b3m sleep.\nDogs\tbark."
+    begin = document.index("Dogs")
+    a_rel = torch.tensor([0.1, 0.9])
+    offsets = ((0, 4), (begin, begin + 4))
+    result = RelevanceResult(a_rel, a_rel, ("Cats", "Dogs"), offsets, 1.2, ("do\x1bgs",), ("a\x1b[2Jb",))
+    shown = to_terminal(explain(document, result, summary="Dogs\x1b[2J."))
+    colour = io.StringIO()
+    Console(file=colour, width=100, color_system="truecolor", force_terminal=True).print(shown)
+    assert "48;2;249;115;22mDogs\x1b[0m" in colour.getvalue()  # the whole word, and no more
+    plain = io.StringIO()
+    Console(file=plain, width=100, color_system=None).print(shown)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", plain.getvalue())
+    assert plain.getvalue().startswith("Cats      ")
+
+
 def test_the_numbers_add_up(explanation):
     found = json.loads(to_json(explanation))
     assert sum(t["a_rel"] for t in found["tokens"]) == pytest.approx(1.0)

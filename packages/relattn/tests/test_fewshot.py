@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ EXAMPLES = [
 ]
 TRAIN, VALIDATION = EXAMPLES[:4], EXAMPLES[4:]
 QUICK = {"steps": 4, "warmup": 1, "batch_size": 3, "evaluate_every": 2, "learning_rate": 1e-3}
+SAME_BUT = {"relevance": "trained", "weight": "linear", "initial_weight": 0.07}  # smoothing: new_module's
 GENERATION = {"num_beams": 1, "max_new_tokens": 6}
 
 
@@ -287,9 +289,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         fit(model, tokenizer, TRAIN, VALIDATION, settings=_settings(learning_rate=0.5), **arguments)
     with pytest.raises(InputError, match="is the state of a run with another train"):
         fit(model, tokenizer, TRAIN[:2], VALIDATION, settings=_settings(), **arguments)
-    other = RelAttnModule.for_model(model, weight="per_head")
+    first = TRAIN[0]
+    for changed in (replace(first, document=f"{first.document} More."), replace(first, summary="Another.")):
+        with pytest.raises(InputError, match="is the state of a run with another train"):
+            fit(model, tokenizer, [changed, *TRAIN[1:]], VALIDATION, settings=_settings(), **arguments)
+    smoothed = RelAttnModule.for_model(model, **SAME_BUT, smooth_sigma=1.0)
+    with pytest.raises(InputError, match="is the state of a run with another module"):
+        fit(model, tokenizer, TRAIN, VALIDATION, smoothed, _settings(), **arguments)
     with pytest.raises(InputError, match="is the state of a run that trained other parameters"):
-        fit(model, tokenizer, TRAIN, VALIDATION, other, _settings(), **arguments)
+        fit(*t5_with_tokenizer(), TRAIN, VALIDATION, settings=_settings(), **arguments)
     file.write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="is not the state of a few-shot run"):
         fit(model, tokenizer, TRAIN, VALIDATION, settings=_settings(), **arguments)

@@ -48,6 +48,23 @@ def test_newts_gives_two_examples_a_row_and_keeps_a_last_word_without_comma(tmp_
     assert sentence.control == ("On a trial, in court.",)
 
 
+def test_newts_rows_of_one_assignment_and_article_are_told_apart(tmp_path):
+    table = [NEWTS_HEADER, newts_row(words1="goal, match"), newts_row(words1="coach, team")]
+    found = load_newts(write_csv(tmp_path / "n.csv", table))
+    assert len({example.id for example in found}) == 4
+    assert {example.document_id for example in found} == {"d7"}
+
+
+def test_long_articles_are_read_and_the_process_keeps_its_own_limit_of_cells(tmp_path):
+    row = newts_row()
+    row[3] = "word " * 40_000
+    before = csv.field_size_limit()
+    assert len(row[3]) > before
+    found = load_newts(write_csv(tmp_path / "n.csv", [NEWTS_HEADER, row]))
+    assert found[0].document.split() == ["word"] * 40_000
+    assert csv.field_size_limit() == before
+
+
 def test_newts_says_which_columns_are_missing(tmp_path):
     path = write_csv(tmp_path / "n.csv", [["docId", "article"], ["d", "text"]])
     with pytest.raises(

@@ -156,6 +156,27 @@ def test_auto_sharpness_of_a_short_document_aims_at_half_of_its_tokens():
     assert effective_support(masked_softmax(scores / temperature, mask)).item() == pytest.approx(3, abs=1e-3)
 
 
+class _WithoutFloat64(torch.Tensor):
+    """Stands in for a tensor on a device that has no float64, such as Apple's GPUs."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return found.as_subclass(torch.Tensor)
+        if isinstance(found, cls) and found.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return found
+
+
+def test_auto_sharpness_needs_no_float64_on_the_device():
+    scores, mask = torch.randn(2, 30), torch.ones(2, 30, dtype=torch.bool)
+    with pytest.raises(TypeError, match="no float64"):
+        scores.as_subclass(_WithoutFloat64).double()
+    found = temperature_for_support(scores.as_subclass(_WithoutFloat64), mask)
+    assert torch.equal(found, temperature_for_support(scores, mask))
+
+
 def test_auto_sharpness_leaves_equal_scores_alone():
     mask = torch.tensor([[True] * 5 + [False] * 3])
     assert temperature_for_support(torch.full((1, 8), 2.0), mask).tolist() == [1.0]

@@ -28,9 +28,12 @@ class BertScore:
         self.model, self.tokenizer, self.layer = model.eval(), tokenizer, layer
 
     @classmethod
-    def from_pretrained(cls, name: str = "roberta-large", layer: int = 17) -> "BertScore":
+    def from_pretrained(
+        cls, name: str = "roberta-large", layer: int = 17, device: str | torch.device = "cpu"
+    ) -> "BertScore":
         """Load an encoder; the default pair is that of the BERTScore library for English."""
-        return cls(AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name), layer)
+        model = AutoModel.from_pretrained(name).to(device)
+        return cls(model, AutoTokenizer.from_pretrained(name), layer)
 
     def __call__(self, texts: Sequence[str]) -> Float[ndarray, "texts texts"]:
         """F1 of each text with each other, symmetric."""

@@ -84,7 +84,9 @@ def is_byte_level(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return hasattr(tokenizer, "byte_encoder")
-    steps = [json.loads(backend.to_str()).get("pre_tokenizer") or {}]
+    if (first := backend.pre_tokenizer) is None:
+        return False
+    steps = [json.loads(first.__getstate__())]  # the backend's own JSON holds the whole vocabulary
     while steps:
         step = steps.pop()
         if step.get("type") == "ByteLevel":

@@ -68,7 +68,7 @@ def shades(explanation: Explanation) -> list[tuple[int, int, float, float]]:
 
 def to_terminal(explanation: Explanation, sentences: int = 5) -> RenderableType:
     """The coloured source, then the most relevant sentences; without colour their shares remain."""
-    text = Text(explanation.document)
+    text = Text(_printable(explanation.document))
     for begin, end, _, shade in shades(explanation):
         if shade >= 0.05:  # paler than that cannot be told from the background
             text.stylize(_terminal_style(shade), begin, end)
@@ -79,10 +79,10 @@ def to_terminal(explanation: Explanation, sentences: int = 5) -> RenderableType:
     for sentence in ranked:
         bar = "█" * round(10 * sentence.mass / top)
         table.add_row(f"{sentence.mass:.1%}", Text(bar, "dark_orange"), Text(_cut(explanation, sentence)))
-    parts: list[RenderableType] = [text, Text(), table, Text(_caption(explanation), "dim")]
-    parts += [Text(f"warning: {warning}", "yellow") for warning in explanation.result.warnings]
+    parts: list[RenderableType] = [text, Text(), table, Text(_printable(_caption(explanation)), "dim")]
+    parts += [Text(_printable(f"warning: {w}"), "yellow") for w in explanation.result.warnings]
     if explanation.summary is not None:
-        parts += [Text(), Text.assemble(("summary: ", "bold"), explanation.summary)]
+        parts += [Text(), Text.assemble(("summary: ", "bold"), _printable(explanation.summary))]
     return Group(*parts)
 
 
@@ -167,6 +167,14 @@ def _caption(explanation: Explanation) -> str:
     return f"relevance to {control}: spread over about {support:.0f} of {total} tokens"
 
 
+# All controls but tab and newline: a terminal obeys them, and rich drops some, which would shift the colours.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], " ")
+
+
+def _printable(text: str) -> str:
+    return text.translate(_CONTROLS)
+
+
 def _terminal_style(shade: float) -> str:
     # Mixed with white, and black letters on it: readable whatever the terminal's own colours are.
     red, green, blue = (round(255 + shade * (full - 255)) for full in (249, 115, 22))
@@ -174,7 +182,7 @@ def _terminal_style(shade: float) -> str:
 
 
 def _cut(explanation: Explanation, sentence: SentenceRelevance, width: int = 200) -> str:
-    text = " ".join(explanation.document[sentence.begin : sentence.end].split())
+    text = " ".join(_printable(explanation.document[sentence.begin : sentence.end]).split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
 

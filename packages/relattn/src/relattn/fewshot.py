@@ -137,8 +137,9 @@ def fit(
     optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
     fingerprint = {
         **asdict(settings),
-        "train": [e.key for e in train],
-        "validation": [e.key for e in validation],
+        "module": asdict(module.config),
+        "train": [e.fingerprint for e in train],
+        "validation": [e.fingerprint for e in validation],
     }
     state = None
     if resume and checkpoint is not None and Path(checkpoint).exists():

@@ -1,5 +1,7 @@
 """Examples for few-shot learning: split by document, and batches that a steered model takes."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,9 +32,10 @@ class FewShotExample:
     summary: str
 
     @property
-    def key(self) -> list[str]:
-        """What tells this example from others."""
-        return [self.document_id, *control_phrases(self.control)]
+    def fingerprint(self) -> str:
+        """Hash of all that it says."""
+        parts = [self.document_id, self.document, control_phrases(self.control), self.summary]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def split_by_document(

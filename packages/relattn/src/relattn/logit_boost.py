@@ -1,4 +1,8 @@
-"""Keyword boost: the control's tokens get a bonus in every step's scores, whatever the source says."""
+"""Keyword boost: the control's tokens get a bonus in every step's scores, whatever the source says.
+
+It asks for words, not for content: the tokens of a phrase are boosted one by one, in any order and place, and
+a part of a word as much as the whole word.
+"""
 
 from collections.abc import Sequence
 
@@ -26,8 +30,11 @@ class KeywordBoost(LogitsProcessor):
 
     Args:
         bags: Token ids of each document's words, in the decoder's vocabulary; an empty bag boosts nothing.
-        boost: Added to the score, in nats: exp(boost) times the odds.
-        once: A token that a row has written already is not boosted again, which would make it stutter.
+        boost: Added to the score, in nats. For the next token of greedy search or sampling that is exp(boost)
+            times its odds. Beam search adds scores up without normalising them again: there a hypothesis
+            keeps the bonus of each boosted token that it has written, and ranks higher by it to the end.
+        once: A token that a row has written already (or that starts it) is not boosted again, which would
+            make it stutter.
 
     Raises:
         InputError: There is no bag, or the boost is not finite.
@@ -60,7 +67,10 @@ class KeywordBoost(LogitsProcessor):
     def __call__(
         self, input_ids: Int[Tensor, "rows written"], scores: Float[Tensor, "rows vocabulary"]
     ) -> Float[Tensor, "rows vocabulary"]:
-        """The scores with the bonus; rows of beam search belong to their document's bag."""
+        """The scores with the bonus; rows of beam search belong to their document's bag.
+
+        Forbidden tokens (minus infinity) stay forbidden.
+        """
         copies = rows_per_document(len(scores), len(self.bags))
         bonus = torch.zeros_like(scores)
         for row in range(len(scores)):

@@ -5,7 +5,7 @@
 | plain | the summarizer alone |
 | prefix | the control in front of the document (CA+Doc) |
 | pplm | gradient steps on the decoder's memory towards the control's words |
-| bias | cross-attention turned away from sentences that are not relevant, before the softmax |
+| bias | cross-attention turned away from sentences that are not relevant, before the softmax (PASTA-like) |
 | boost | a bonus for the control's words in every step's scores |
 | extract | only the most relevant sentences reach the summarizer |
 | relattn | relevance attention with one weight for all documents (or a trained module's) |
@@ -30,7 +30,7 @@ from relattn.pplm import PPLM, PPLMCost
 from relattn.prefix import with_prefix
 from relattn.results import ControlledSummary
 from relattn.softmax_bias import softmax_bias
-from relattn.source import pad, read_documents
+from relattn.source import SourceDocument, pad, read_documents
 from relattn.steerer import Steerer
 from shared_core import InputError
 
@@ -153,6 +153,7 @@ class _Members:
     """Some documents of a call behind the encoder, in the call's order."""
 
     numbers: range
+    texts: list[SourceDocument]
     encoded: EncodedBatch
     warnings: list[tuple[str, ...]]
 
@@ -161,15 +162,13 @@ def _encoded(steerer: Steerer, documents: Sequence[str], batch_size: int) -> Ite
     texts = read_documents(steerer.tokenizer, documents, steerer.max_source_tokens)
     for start in range(0, len(texts), batch_size):
         numbers = range(start, min(start + batch_size, len(texts)))
-        ids, mask = pad([texts[n].ids for n in numbers], steerer.pad_id)
+        mine = [texts[n] for n in numbers]
+        ids, mask = pad([text.ids for text in mine], steerer.pad_id)
         device = steerer.model.device
         with torch.no_grad(), evaluating(steerer.model):
             encoded = encode(steerer.model, ids.to(device), mask.to(device))
-        lost = [
-            (f"document truncated: {texts[n].lost} tokens were lost",) if texts[n].lost else ()
-            for n in numbers
-        ]
-        yield _Members(numbers, encoded, lost)
+        lost = [(f"document truncated: {text.lost} tokens were lost",) if text.lost else () for text in mine]
+        yield _Members(numbers, mine, encoded, lost)
 
 
 def _decode(steerer: Steerer, encoded: EncodedBatch, settings: dict[str, Any], **more: Any) -> list[str]:
@@ -224,8 +223,11 @@ def _bias(
         span = torch.zeros_like(batch.encoded.mask)
         for row, n in enumerate(batch.numbers):
             chosen = relevant_sentences(sentence_relevance(documents[n], results[n]), settings.sentences)
+            # Special tokens stay: models rest their attention there when a step needs nothing of the source.
+            special = batch.texts[row].special
             for place, (start, stop) in enumerate(results[n].offsets or ()):
-                span[row, place] = any(s.begin < stop and start < s.end for s in chosen) and stop > start
+                inside = stop > start and any(s.begin < stop and start < s.end for s in chosen)
+                span[row, place] = inside or special[place]
         with softmax_bias(steerer.model, steerer.layers, span, settings.alpha):
             lines = _decode(steerer, batch.encoded, settings_for(options, batch.numbers))
         found += [

@@ -21,7 +21,7 @@ NEWTS_COLUMNS = ("docId", "article", "words1", "words2", "phrases1", "phrases2",
 NEWTS_CONTROLS = ("words", "phrases", "sentences")
 ACLSUM_ASPECTS = ("challenge", "approach", "outcome")
 ACLSUM_SPLITS = ("train", "val", "test")
-csv.field_size_limit(1 << 27)  # articles are longer than the module's default of 128 KiB
+_LONGEST_CELL = 1 << 27  # articles are longer than the csv module's default of 128 KiB
 
 
 def load_jsonl(path: str | Path, fields: Fields | None = None, skip_bad: bool = False) -> list[Example]:
@@ -79,7 +79,7 @@ def load_newts(path: str | Path, control: str = "words", skip_bad: bool = False)
 
     def read(row: Row, number: int) -> list[Example]:
         _check_columns(row, NEWTS_COLUMNS)
-        name = f"{row.get('AssignmentId') or number}-{row['docId']}"
+        name = f"{number}-{row['docId']}"  # two rows may share their AssignmentId
         return [
             example_of(
                 {
@@ -222,19 +222,27 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, _Read]]:
     _open(file)  # not UTF-8 shows here, with its own message
     with file.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.reader(lines)
-        header = next(table, None)
+        header = _next_cells(table)
         if header is None:
             raise InputError("is empty: expected a header line", file=file)
         while True:
             begin = table.line_num + 1
             try:
-                cells = next(table)
-            except StopIteration:
-                return
+                cells = _next_cells(table)
             except csv.Error as error:
                 raise InputError(f"line {begin} is not CSV: {error}", file=file) from error
+            if cells is None:
+                return
             if cells:
                 yield begin, lambda cells=cells: _record(header, cells)
+
+
+def _next_cells(table: Iterator[list[str]]) -> list[str] | None:
+    before = csv.field_size_limit(_LONGEST_CELL)  # the limit is the whole process's
+    try:
+        return next(table, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _record(header: Sequence[str], cells: Sequence[str]) -> Row:

@@ -110,11 +110,14 @@ def temperature_for_support(
     tokens: more would ask for a flat distribution, which says nothing. A row of equal scores gets 1.
 
     Not differentiable: the temperature is a constant of the document, as a learning rate is of a run.
+    Computed on the CPU in float64, which some devices (MPS) do not have.
     """
+    device, dtype = scores.device, scores.dtype
     with torch.no_grad():
-        exact = scores.double().masked_fill(~mask, -torch.inf)
+        scores, mask = scores.cpu().double(), mask.cpu()
+        exact = scores.masked_fill(~mask, -torch.inf)
         top = exact.amax(1, keepdim=True)
-        spread = (top - scores.double().masked_fill(~mask, torch.inf).amin(1, keepdim=True)).squeeze(1)
+        spread = (top - scores.masked_fill(~mask, torch.inf).amin(1, keepdim=True)).squeeze(1)
         scale = spread.where(spread > 0, 1.0)
         target = (mask.sum(1) / 2).clamp(min=1.0, max=support)
         low, high = torch.full_like(scale, math.log(1e-6)), torch.full_like(scale, math.log(1e3))
@@ -124,7 +127,7 @@ def temperature_for_support(
             too_wide = effective_support(probabilities) > target
             high, low = middle.where(too_wide, high), low.where(too_wide, middle)
         found = ((low + high) / 2).exp() * scale
-        return found.where(spread > 0, 1.0).to(scores.dtype)
+        return found.where(spread > 0, 1.0).to(dtype).to(device)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Nothing here sees a reference, the control or a likelihood: the candidates alone
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -48,8 +49,9 @@ def online_select(candidates: Sequence[str], similarity: Similarity = "rouge1") 
     Args:
         candidates: One summary a steering weight, weights ascending. The first one, of the smallest weight,
             is the anchor from which the others may not drift away.
-        similarity: "rouge1" (the default), "rouge2", "rougeL" (F1 with stemming), "bertscore" (F1; loads a
-            model, see `relattn.bertscore`), or a function from n texts to their n x n similarities.
+        similarity: "rouge1" (the default), "rouge2", "rougeL" (F1 with stemming), "bertscore" (F1; loads its
+            model at each call: for many calls give a `relattn.bertscore.BertScore`), or a function from n
+            texts to their n x n similarities.
 
     Returns:
         Index of the chosen candidate; 0 if no candidate passes the filters, the smallest weight in a tie.
@@ -73,6 +75,15 @@ def consensus(candidates: Sequence[str], similarity: Similarity = "rouge1") -> C
     # fsum rounds once: sums of the same numbers in another order stay equal, so that ties are ties.
     agreement = tuple(math.fsum(row) for row in matrix.tolist())
     return Consensus(kept[agreement.index(max(agreement))], kept, agreement)
+
+
+def loaded(similarity: Similarity, device: Any = "cpu") -> Similarity:
+    """The similarity for many calls: "bertscore" becomes its model, loaded once, on that device."""
+    if similarity != "bertscore":
+        return similarity
+    from relattn.bertscore import BertScore
+
+    return BertScore.from_pretrained(device=device)
 
 
 def keep(candidates: Sequence[str]) -> tuple[int, ...]:
@@ -147,10 +158,7 @@ def coverage_select(
 
 
 def _pairwise(texts: Sequence[str], similarity: Similarity) -> Float[ndarray, "texts texts"]:
-    if similarity == "bertscore":
-        from relattn.bertscore import BertScore
-
-        similarity = BertScore.from_pretrained()
+    similarity = loaded(similarity)
     if isinstance(similarity, str):
         return pairwise_rouge(texts, similarity)
     matrix = np.array(similarity(texts), dtype=np.float64)

@@ -23,7 +23,7 @@ from relattn.generation import (
 )
 from relattn.relevance import EmbeddingRelevance, Relevance, effective_support
 from relattn.results import Candidate, ControlledSummary, RelevanceResult
-from relattn.selection import GRID, Similarity, consensus, coverage_select
+from relattn.selection import GRID, Similarity, consensus, coverage_select, loaded
 from relattn.source import SourceDocument, pad, read_controls, read_documents, warnings_about
 from relattn.steering import check_weight, steered
 from relattn.weights import RelAttnModule
@@ -206,6 +206,7 @@ class Steerer:
         online = isinstance(weight, str)
         if online:
             _check_online(weight, grid, select, seed, setting(self.model, settings, "do_sample", False))
+            similarity = loaded(similarity, self.model.device)
         elif weight is not None or self.module is None:
             self._given_weight(self.weight if weight is None else weight, len(texts))
         for number, members in enumerate(_batches(texts, batch_size)):
