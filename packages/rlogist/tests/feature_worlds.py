@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from rlogist.model import RLogist
 from rlogist.modules import Architecture, Modules
+from rlogist.ppo import PPOSettings
 from rlogist.sources import Bag
+from rlogist.staged import StagedSettings
 
 DIM, PATCHES = 6, 4
 
@@ -40,3 +43,16 @@ def modules(seed: int = 0, moving: bool = True, **changes) -> Modules:
             made.f_global.change.weight, std=0.2, generator=torch.Generator().manual_seed(seed)
         )
     return made.eval()
+
+
+def resumable(folder, on_epoch=None) -> RLogist:
+    """A short training of all stages that goes on from the folder's checkpoint."""
+    return RLogist("stain", architecture=architecture(), seed=3).fit(
+        bags(8),
+        bags(4, seed=1),
+        folder=folder,
+        resume=True,
+        on_epoch=on_epoch,
+        staged=StagedSettings(epochs=6, batch=2, track_from=1, min_epochs=2, global_epochs=3, mixed_epochs=3),
+        ppo=PPOSettings(steps=96, n_envs=4, n_steps=4),
+    )

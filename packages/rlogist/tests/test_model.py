@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_worlds import architecture, bags
+from feature_worlds import architecture, bags, resumable
 from generated_slides import damage, tissue_slide
 
 import rlogist
@@ -119,6 +118,16 @@ def test_every_strategy_reads_and_exhaustive_reads_all(model, path):
 
 def test_a_confident_reading_may_stop_early(model, path):
     assert model.predict(Slide(path, patch=32), confidence=0.0).looks == 1
+    with pytest.raises(InputError, match="confidence: expected a probability"):
+        model.predict(Slide(path, patch=32), confidence=90.0)
+
+
+def test_the_path_says_where_on_the_slide_each_look_was(model, path, tmp_path):
+    slide = Slide(path, patch=32)
+    found = model.predict(slide)
+    assert [look.xy for look in found.path] == [tuple(slide.regions.xy[look.region]) for look in found.path]
+    features = rlogist.extract_features(slide, rlogist.load_extractor("stain"), tmp_path / "a.h5", deep=True)
+    assert [look.xy for look in model.predict(features).path] == [look.xy for look in found.path]
 
 
 def test_a_damaged_region_is_noted_on_the_path_and_the_reading_goes_on(model, path):
@@ -167,47 +176,41 @@ def test_what_cannot_be_is_told(model, path):
     wrong = Bag(torch.randn(3, 5), torch.randn(3, 4, 5), 0)
     with pytest.raises(InputError, match="features of one dimension"):
         RLogist("stain").fit([*bags(4), wrong])
+    holed = bags(4)
+    holed[2].deep[0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="s0-2: the extractor at depth gives NaN or infinite features"):
+        RLogist("stain").fit(holed)
+    rows = np.zeros((2, 36), np.float32)
+    rows[1, 3] = np.inf
+    features = rlogist.SlideFeatures(np.zeros((2, 2), np.int64), rows, rows[:, None], np.arange(2))
+    with pytest.raises(InputError, match="gives NaN or infinite features"):
+        model.predict(features)
 
 
 RUN = """
-import sys, torch
+import os, signal, sys, torch
 sys.path.insert(0, sys.argv[2])
 torch.set_num_threads(1)
-from feature_worlds import architecture, bags
-from rlogist.model import RLogist
-from rlogist.ppo import PPOSettings
-from rlogist.staged import StagedSettings
-def say(stage, done, total, scalars):
-    print(stage, done, flush=True)
-RLogist("stain", architecture=architecture(), seed=3).fit(
-    bags(8), bags(4, seed=1), folder=sys.argv[1], resume=True, on_epoch=say,
-    staged=StagedSettings(epochs=6, batch=2, track_from=1, min_epochs=2, global_epochs=3, mixed_epochs=3),
-    ppo=PPOSettings(steps=96, n_envs=4, n_steps=4),
-).save_pretrained(sys.argv[1])
+from feature_worlds import resumable
+def die(stage, done, total, scalars):
+    if [stage, str(done)] == sys.argv[3:]:
+        os.kill(os.getpid(), signal.SIGKILL)
+resumable(sys.argv[1], die)
 """
 
 
 @pytest.mark.parametrize("moment", ["A 3", "C 2"])
 def test_a_killed_training_ends_with_the_same_bits(moment, tmp_path):
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    command = [sys.executable, "-c", RUN]
     here = str(Path(__file__).parent)
-    subprocess.run([*command, str(tmp_path / "whole"), here], check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "killed"), here], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip() == moment:
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not (tmp_path / "killed" / "model.safetensors").exists()
-    subprocess.run([*command, str(tmp_path / "killed"), here], check=True, capture_output=True)
-    whole, killed = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
-    assert whole == killed
+    command = [sys.executable, "-c", RUN, str(tmp_path), here, *moment.split()]
+    done = subprocess.run(command, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    seen = []
+    killed = resumable(tmp_path, lambda stage, done, *_: seen.append(f"{stage} {done}"))
+    assert seen[0] == moment  # what had a checkpoint is not done again
+    whole = resumable(None).networks.state_dict()
+    for key, value in killed.networks.state_dict().items():
+        assert torch.equal(value, whole[key]), key
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

@@ -6,16 +6,13 @@ import torch
 from feature_worlds import DIM, architecture, bags, modules
 
 from rlogist.batched import BatchedFeatureVecEnv, make_store, play
+from rlogist.foreseeing import ForeseeRegions, foresight
+from rlogist.full_observation import FullObservation, fit_scale, smooth_top1_svm
+from rlogist.mixed_states import MixedStates
 from rlogist.modules import Critic, Modules, Policy
 from rlogist.ppo import PPO, PPOSettings, advantages
-from rlogist.staged import (
-    FullObservation,
-    StagedSettings,
-    foresight,
-    run_stage,
-    smooth_top1_svm,
-    train_stages,
-)
+from rlogist.stage import run_stage
+from rlogist.staged import StagedSettings
 
 FAST = StagedSettings(
     epochs=25, lr=5e-3, batch=4, track_from=2, min_epochs=10, patience=5, global_epochs=8, mixed_epochs=5
@@ -25,8 +22,12 @@ FAST = StagedSettings(
 @pytest.fixture(scope="module")
 def trained() -> Modules:
     made = Modules(architecture(), torch.Generator().manual_seed(1))
-    for stage in train_stages(made, bags(24, seed=1), bags(8, seed=2), FAST, seed=0):
-        run_stage(stage)
+    slides = bags(24, seed=1)
+    fit_scale(made, slides)
+    run_stage(FullObservation(made, slides, bags(8, seed=2), FAST, seed=0))
+    store = make_store(slides, made)
+    run_stage(ForeseeRegions(made, store, FAST, seed=0))
+    run_stage(MixedStates(made, store, FAST, seed=0))
     return made
 
 
@@ -52,14 +53,12 @@ def test_f_global_comes_nearer_to_unseen_deep_features_on_new_slides(trained):
 def test_the_ratio_is_one_before_the_first_step_and_only_with_masks(trained):
     run = ppo(trained)
     rollout = run.collect(torch.Generator().manual_seed(0))
-    flat = rollout.action.flatten(0, 1)
-    logs = torch.cat(
-        [run.log_probability(s, a)[0] for s, a in zip(rollout.states, rollout.action, strict=True)]
-    )
-    assert torch.equal(logs, rollout.log_probability.flatten())  # exactly 1
+    flat, times = rollout.action.flatten(0, 1), torch.arange(80).split(8)
+    logs = [run.log_probability(rollout.states.part(rows), flat[rows])[0] for rows in times]
+    assert torch.equal(torch.cat(logs), rollout.log_probability.flatten())  # exactly 1
     scalars = run.learn(rollout, torch.Generator().manual_seed(0))
     assert scalars["first_ratio_error"] < 1e-5  # in minibatches, up to the order of float sums
-    unmasked = torch.cat([run.policy(s.states, s.observed).log_softmax(-1) for s in rollout.states])
+    unmasked = run.policy(rollout.states.states, rollout.states.observed).log_softmax(-1)
     without = unmasked.gather(1, flat.unsqueeze(1)).squeeze(1)
     assert (without - rollout.log_probability.flatten()).abs().max() > 0.05
 
@@ -103,7 +102,7 @@ def test_advantages_are_discounted_as_the_reward_asks(trained, reward, discount)
     found = run.collect(torch.Generator().manual_seed(0))
     ends = torch.zeros_like(found.action, dtype=torch.bool)
     for env in range(8):  # the flags of looks fall back to one where a reading begins
-        seen = torch.tensor([int(state.observed[env].sum()) for state in found.states])
+        seen = found.states.observed.view(10, 8, -1)[:, env].sum(-1)
         ends[:-1, env] = seen[1:] == 0
         ends[-1, env] = run.env.time[env] == 0
     state = run.env.state()

@@ -8,8 +8,9 @@ Zhao, Zhang, Ye, Cao, Han, Fu, Yang: "RLogist: Fast Observation Strategy on Whol
 Reinforcement Learning", AAAI 2023, arXiv 2212.01737.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shared_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rlogist.annotations import read_annotations
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from rlogist.features import SlideFeatures, extract_features, read_features
     from rlogist.layouts import read_labels, split_patients
     from rlogist.ledger import ReadLedger
-    from rlogist.model import Prediction, RLogist
+    from rlogist.model import RLogist
     from rlogist.modules import Architecture, Modules
     from rlogist.ppo import PPOSettings
+    from rlogist.prediction import Prediction
     from rlogist.report import write_report
     from rlogist.slides import Slide
     from rlogist.sources import Bag, FeatureSource, bag_of
@@ -70,7 +72,7 @@ _HOME = {
     "read_annotations": "annotations",
     "make_demo_slides": "demo_slides",
     "RLogist": "model",
-    "Prediction": "model",
+    "Prediction": "prediction",
     "Architecture": "modules",
     "Modules": "modules",
     "StagedSettings": "staged",
@@ -84,14 +86,4 @@ _HOME = {
     "write_report": "report",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'rlogist' has no attribute {name!r}")
-    value = getattr(import_module(f"rlogist.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -54,8 +54,7 @@ def predict_slide(job: AgentJob) -> dict[str, object]:
     with job.opening.open(job.slide) as slide:
         found = model.predict(slide, rho=job.rho, strategy=job.strategy)
         job.out.parent.mkdir(parents=True, exist_ok=True)
-        corners = [slide.regions.xy[look.region].tolist() for look in found.path]
-        stored = {**found.to_dict(), "path_xy": corners, "footprint": slide.geometry.scan.footprint}
+        stored = {**found.to_dict(), "footprint": slide.geometry.scan.footprint}
         files.write_json(job.out.with_name(job.out.name + ".json"), stored)
         if job.report:
             write_report(job.out.with_name(job.out.name + ".html"), slide, found)
@@ -176,7 +175,7 @@ def _hits(read: Sequence[tuple[SlideRecord, dict[str, Any]]], annotations: Path)
     for record, own in read:
         file = annotations / f"{record.name}.xml"
         if file.is_file():
-            xy = np.array(own["path_xy"], np.int64).reshape(-1, 2)
+            xy = np.array([look["xy"] for look in own["path"]], np.int64).reshape(-1, 2)
             on_path = read_annotations(file).hits(xy, int(own["footprint"]))
             # One more place that is always true: the slide has lesions, whether looked at or not.
             lesions.append(np.append(on_path, True))

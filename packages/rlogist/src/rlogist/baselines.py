@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from rlogist.batched import Chooser, State
 from rlogist.modules import GatedScores, Modules, Policy, normalized
-from rlogist.staged import random_chooser
 
 Strategy = Literal["policy", "random", "greedy-static", "greedy-adaptive"]
 STRATEGIES: tuple[Strategy, ...] = ("policy", "random", "greedy-static", "greedy-adaptive")
@@ -42,10 +41,18 @@ def chooser_of(strategy: Strategy, modules: Modules, policy: Policy | None = Non
         return random_chooser(seed)
 
     def attention(state: State) -> Float[Tensor, "batch regions"]:
-        rows = state.start if strategy == "greedy-static" else state.states
+        rows = state.states if strategy == "greedy-adaptive" else state.start
+        if rows is None:
+            raise ValueError("greedy-static needs the start of a reading")
         return modules.classifier.explain(rows, state.valid)[1]
 
     return attention
+
+
+def random_chooser(seed: int) -> Chooser:
+    """Scores that are random numbers: looks anywhere with the same probability."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda state: torch.rand(state.allowed.shape, generator=generator)
 
 
 class PooledClassifier(nn.Module):

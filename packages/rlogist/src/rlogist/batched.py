@@ -77,18 +77,22 @@ class State:
     """What an agent sees of a batch of readings.
 
     Attributes:
-        start: S_0.
         states: S_t.
         observed: m_t.
         valid: Which rows are regions.
         allowed: Rows that may be looked at next.
+        start: S_0; None in a rollout, whose states are learned from and not read on.
     """
 
-    start: Float[Tensor, "batch regions dim"]
     states: Float[Tensor, "batch regions dim"]
     observed: Bool[Tensor, "batch regions"]
     valid: Bool[Tensor, "batch regions"]
     allowed: Bool[Tensor, "batch regions"]
+    start: Float[Tensor, "batch regions dim"] | None = None
+
+    def part(self, rows: Int64[Tensor, " part"]) -> "State":
+        """Some of the readings."""
+        return State(self.states[rows], self.observed[rows], self.valid[rows], self.allowed[rows])
 
 
 class BatchedFeatureVecEnv:
@@ -130,7 +134,8 @@ class BatchedFeatureVecEnv:
         self._start_logits = self._classify_starts()
         self.slide = torch.zeros(n_envs, dtype=torch.int64)
         self.time = torch.zeros(n_envs, dtype=torch.int64)
-        self.states = store.scan[self.slide].clone()
+        self._take_up_slides()
+        self.states = self._start
         self.observed = torch.zeros(n_envs, store.scan.shape[1], dtype=torch.bool)
         self.logits = self._start_logits[self.slide]
 
@@ -163,18 +168,13 @@ class BatchedFeatureVecEnv:
         return self.state(), reward, done
 
     @property
-    def valid(self) -> Bool[Tensor, "envs regions"]:
-        """Which rows are regions."""
-        return self.store.valid[self.slide]
-
-    @property
     def allowed(self) -> Bool[Tensor, "envs regions"]:
         """Rows that may be looked at."""
         return self.valid & ~self.observed
 
     def state(self) -> State:
         """What the agent sees."""
-        return State(self.store.scan[self.slide], self.states, self.observed, self.valid, self.allowed)
+        return State(self.states, self.observed, self.valid, self.allowed, self._start)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed run needs to go on with the same bits."""
@@ -193,6 +193,8 @@ class BatchedFeatureVecEnv:
         self.slide, self.time, self.states = stored["slide"], stored["time"], stored["states"]
         self.observed, self.logits, self._queue = stored["observed"], stored["logits"], stored["queue"]
         self._generator.set_state(stored["generator"])
+        self._take_up_slides()
+        self._start_logits = self._classify_starts()
 
     def refresh(self) -> None:
         """Take up a classifier that has changed."""
@@ -204,6 +206,10 @@ class BatchedFeatureVecEnv:
     def _classify_starts(self) -> Float[Tensor, "slides classes"]:
         return self.modules.classifier(self.store.scan, self.store.valid)
 
+    def _take_up_slides(self) -> None:
+        """S_0 and the rows that are regions, of the slides that are being read."""
+        self._start, self.valid = self.store.scan[self.slide], self.store.valid[self.slide]
+
     def _begin(self, which: Bool[Tensor, " envs"]) -> None:
         count = int(which.sum())
         if not count:
@@ -214,9 +220,10 @@ class BatchedFeatureVecEnv:
         # New tensors: what a caller kept of earlier steps must not change.
         self.slide = self.slide.masked_scatter(which, self._queue[:count])
         self._queue = self._queue[count:]
+        self._take_up_slides()
         flags = which.unsqueeze(-1)
         self.time = self.time.masked_fill(which, 0)
-        self.states = torch.where(flags.unsqueeze(-1), self.store.scan[self.slide], self.states)
+        self.states = torch.where(flags.unsqueeze(-1), self._start, self.states)
         self.observed = self.observed & ~flags
         self.logits = torch.where(flags, self._start_logits[self.slide], self.logits)
 
@@ -251,7 +258,7 @@ def play(
     slides = torch.arange(len(store))
     for time in range(path.shape[1]):
         allowed = store.valid & ~observed
-        scores = chooser(State(store.scan, states, observed, store.valid, allowed))
+        scores = chooser(State(states, observed, store.valid, allowed, store.scan))
         action = masked(scores, allowed).argmax(dim=-1)
         after, marked = look(states, observed, action, store.seen[slides, action], modules.f_global, update)
         going = time < looks

@@ -1,139 +1,20 @@
-"""Reading a slide as a Markov decision process: `Episode` for one reading, `SlideEnv` for gymnasium."""
+"""Reading slides as a gymnasium environment."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from jaxtyping import Bool, Float, Float32
-from torch import Tensor
+from jaxtyping import Bool, Float32
 
-from rlogist.batched import State
+from rlogist.episode import Episode
 from rlogist.modules import Modules, Update
 from rlogist.rewards import Reward, check_reward, reward_of
-from rlogist.slides import UnreadableRegion
 from rlogist.sources import FeatureSource
-from rlogist.transition import check_rho, check_update, episode_length, look
+from rlogist.transition import check_rho, check_update, episode_length
 from shared_core import InputError
-
-
-@dataclass(frozen=True)
-class Look:
-    """One step of a path.
-
-    Attributes:
-        row: Row of the state.
-        region: Index in the slide's grid.
-        probability: Of each class after the look.
-        score: What made the agent look there; None where nothing was scored.
-        damaged: What was wrong where the region's pixels could not be read; nothing changed then.
-    """
-
-    row: int
-    region: int
-    probability: list[float]
-    score: float | None = None
-    damaged: str | None = None
-
-
-class Episode:
-    """One reading of one slide: starts at the scan, changes with every look.
-
-    Deep features are asked for only where `look` is called, so what was not looked at cannot have an effect.
-
-    Args:
-        source: The slide's features. At least one row.
-        modules: The networks, which are put into evaluation mode.
-        looks: T.
-        update: What a look does to other regions.
-    """
-
-    def __init__(
-        self, source: FeatureSource, modules: Modules, looks: int, update: Update = "global"
-    ) -> None:
-        check_update(update)
-        modules.eval()
-        self.source, self.modules, self.looks = source, modules, looks
-        self.update: Update = update
-        scan = source.scan()
-        if scan.ndim != 2 or scan.shape[1] != modules.architecture.dim:
-            raise InputError(
-                f"{source.name} has {scan.shape[-1]}-d features, the model expects "
-                f"{modules.architecture.dim}-d ones: use the extractor that it was trained with"
-            )
-        with torch.inference_mode():
-            # A new tensor for each episode: no reading may change where another one starts.
-            self.centre = modules.centre(scan)
-            self.states: Float[Tensor, "1 rows dim"] = modules.standardize(scan, self.centre).unsqueeze(0)
-        self.start = self.states
-        self.observed = torch.zeros(1, len(scan), dtype=torch.bool)
-        self.damaged = torch.zeros(1, len(scan), dtype=torch.bool)
-        self.valid = torch.ones(1, len(scan), dtype=torch.bool)
-        self.path: list[Look] = []
-        self.logits = self._classify()
-        self.start_probability = self.probability
-
-    @property
-    def allowed(self) -> Bool[Tensor, "1 rows"]:
-        """Rows that may be looked at: neither looked at nor damaged."""
-        return ~(self.observed | self.damaged)
-
-    @property
-    def probability(self) -> list[float]:
-        """Of each class, now."""
-        return torch.softmax(self.logits, dim=-1)[0].tolist()
-
-    @property
-    def done(self) -> bool:
-        """T looks were made, or nothing is left to look at."""
-        return int(self.observed.sum()) >= self.looks or not bool(self.allowed.any())
-
-    @torch.inference_mode()
-    def look(self, row: int, score: float | None = None) -> Look:
-        """Look at a row in depth, because of a score.
-
-        A damaged region changes nothing but the path, and is not counted as a look.
-        """
-        region = int(self.source.region_index[row])
-        try:
-            deep = self.source.deep(row)
-        except UnreadableRegion as error:
-            self.damaged = self.damaged.clone()
-            self.damaged[0, row] = True
-            found = Look(row, region, self.probability, score, damaged=str(error))
-        else:
-            seen = self.modules.f_local(self.modules.standardize(deep, self.centre).unsqueeze(0))
-            self.states, self.observed = look(
-                self.states, self.observed, torch.tensor([row]), seen, self.modules.f_global, self.update
-            )
-            self.logits = self._classify()
-            found = Look(row, region, self.probability, score)
-        self.path.append(found)
-        return found
-
-    def finish(self, states: Float[Tensor, "1 rows dim"], observed: Bool[Tensor, "1 rows"]) -> None:
-        """End with a state that was made otherwise, such as one of all regions at once."""
-        self.states, self.observed = states, observed
-        rows = torch.nonzero(observed[0]).flatten().tolist()
-        self.logits = self._classify()
-        index, end = self.source.region_index, self.probability
-        self.path = [Look(row, int(index[row]), end) for row in rows]
-
-    def state(self) -> State:
-        """What a chooser sees."""
-        return State(self.start, self.states, self.observed, self.valid, self.allowed)
-
-    @torch.inference_mode()
-    def attention(self) -> Float[Tensor, "1 rows"]:
-        """The classifier's attention on the state."""
-        return self.modules.classifier.explain(self.states, self.valid)[1]
-
-    @torch.inference_mode()
-    def _classify(self) -> Float[Tensor, "1 classes"]:
-        return self.modules.classifier(self.states, self.valid)
 
 
 class SlideEnv(gymnasium.Env[Float32[np.ndarray, "rows columns"], np.int64]):

@@ -15,22 +15,18 @@ from rlogist.demo_slides import DemoSlide, DemoWorld, make_demo_slides
 from rlogist.evaluate import accuracy, auc, auc_interval, hit_rate
 from rlogist.extractors import load_extractor
 from rlogist.features import extract_features, read_features
+from rlogist.foreseeing import ForeseeRegions, foresight
+from rlogist.full_observation import FullObservation, fit_scale
 from rlogist.layouts import SlideRecord, split_patients
+from rlogist.mixed_states import MixedStates
 from rlogist.model import RLogist
 from rlogist.modules import Architecture, Modules, Policy, Update
 from rlogist.parallel import Done, run_all
 from rlogist.ppo import PPO, PPOSettings
 from rlogist.slides import Slide
 from rlogist.sources import Bag, bag_of
-from rlogist.staged import (
-    ForeseeRegions,
-    FullObservation,
-    MixedStates,
-    StagedSettings,
-    fit_scale,
-    foresight,
-    run_stage,
-)
+from rlogist.stage import run_stage
+from rlogist.staged import StagedSettings
 from shared_core import InputError
 
 PATCH = 64

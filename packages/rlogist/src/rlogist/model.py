@@ -4,122 +4,37 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlogist.baselines import STRATEGIES, chooser_of
 from rlogist.batched import BatchedFeatureVecEnv, make_store
-from rlogist.environment import Episode, Look
+from rlogist.episode import Episode
 from rlogist.extractors import Extractor, load_extractor
 from rlogist.features import SlideFeatures
+from rlogist.foreseeing import ForeseeRegions
+from rlogist.full_observation import FullObservation, fit_scale
 from rlogist.ledger import ReadLedger
-from rlogist.modules import Architecture, Critic, Modules, Policy, Update, masked, seeded
+from rlogist.mixed_states import MixedStates
+from rlogist.modules import Architecture, Critic, Modules, Policy, Update, seeded
 from rlogist.ppo import PPO, PPOSettings
+from rlogist.prediction import Prediction
 from rlogist.rewards import Reward, check_reward
-from rlogist.slides import Slide, UnreadableRegion
+from rlogist.slides import Slide
 from rlogist.sources import Bag, CachedSource, FeatureSource, SlideSource, check_bags
-from rlogist.staged import (
-    ForeseeRegions,
-    FullObservation,
-    MixedStates,
-    Stage,
-    StagedSettings,
-    derived_generator,
-    fit_scale,
-)
+from rlogist.stage import Stage, derived_generator
+from rlogist.staged import StagedSettings
 from rlogist.training_run import Epoch, run_stages
 from rlogist.transition import check_rho, check_update, episode_length
 from shared_core import InputError, files
 
 Reading = Literal["policy", "random", "greedy-static", "greedy-adaptive", "exhaustive"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a reading found, and what it cost.
-
-    Attributes:
-        slide: The slide's name.
-        status: `read`, or `no tissue`: there is no class then.
-        classes: Names of the classes.
-        probability: Of each class; empty without tissue.
-        start: Of each class, from the scan alone.
-        path: The looks in order.
-        regions: N, with damaged ones.
-        region_index: Which of the grid the rows of the state are.
-        attention: Of the classifier at the end, one number a row.
-        seconds: Wall time with opening's segmentation, scan, networks.
-        ledger: What was read for this answer; its notes are all that is known of the slide.
-        rho: Share of regions that was asked for.
-    """
-
-    slide: str
-    status: Literal["read", "no tissue"]
-    classes: list[str]
-    probability: list[float]
-    start: list[float]
-    path: list[Look]
-    regions: int
-    region_index: list[int]
-    attention: list[float]
-    seconds: float
-    ledger: ReadLedger
-    rho: float
-
-    @property
-    def prob(self) -> float:
-        """Probability of the last class, of two the positive one; NaN without tissue."""
-        return self.probability[-1] if self.probability else float("nan")
-
-    @property
-    def label(self) -> str | None:
-        """Name of the most likely class; None without tissue."""
-        if not self.probability:
-            return None
-        return self.classes[max(range(len(self.classes)), key=self.probability.__getitem__)]
-
-    @property
-    def reads(self) -> int:
-        """Number of reads of any kind."""
-        return self.ledger.total().reads
-
-    @property
-    def looks(self) -> int:
-        """Number of regions that were looked at in depth."""
-        return sum(look.damaged is None for look in self.path)
-
-    @property
-    def observation_ratio(self) -> float:
-        """Looked-at regions / N; 0 without regions."""
-        return self.looks / self.regions if self.regions else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "slide": self.slide,
-            "status": self.status,
-            "label": self.label,
-            "classes": self.classes,
-            "probability": self.probability,
-            "start": self.start,
-            "path": [asdict(look) for look in self.path],
-            "regions": self.regions,
-            "looks": self.looks,
-            "observation_ratio": self.observation_ratio,
-            "region_index": self.region_index,
-            "attention": self.attention,
-            "seconds": self.seconds,
-            "reads": self.reads,
-            "rho": self.rho,
-            "ledger": self.ledger.to_dict(),
-        }
 
 
 class RLogist:
@@ -278,12 +193,14 @@ class RLogist:
             seed: Of the strategy `random`.
 
         Raises:
-            InputError: Not trained, rho out of range, features of another extractor, or a slide that was
-                opened with another patch size or other magnifications than those of training.
+            InputError: Not trained, rho or confidence out of range, features of another extractor, or a slide
+                that was opened with another patch size or other magnifications than those of training.
         """
         started = perf_counter()
         rho = 1.0 if strategy == "exhaustive" else self.rho if rho is None else rho
         check_rho(rho)
+        if confidence is not None and not 0 <= confidence <= 1:
+            raise InputError("expected a probability", field="confidence", value=confidence)
         if strategy not in (*STRATEGIES, "exhaustive"):
             raise InputError("no such strategy", field="strategy", value=strategy)
         source = self._source(slide)
@@ -294,9 +211,9 @@ class RLogist:
             return self._answer(source, None, total, rho, started, before)
         episode = Episode(source, self.modules, episode_length(count, rho), self.update)
         if strategy == "exhaustive":
-            _look_everywhere(episode)
+            episode.read_everywhere()
         else:
-            _read(episode, chooser_of(strategy, self.modules, self.policy, seed), confidence)
+            episode.read(chooser_of(strategy, self.modules, self.policy, seed), confidence)
         return self._answer(source, episode, total, rho, started, before)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -426,33 +343,6 @@ class RLogist:
 
     def _trained(self, name: str) -> Any:
         return self._trained_networks()[name]
-
-
-@torch.inference_mode()
-def _read(episode: Episode, chooser: Callable[..., torch.Tensor], confidence: float | None) -> None:
-    """Look where the score is highest until the reading is done."""
-    while not episode.done:
-        state = episode.state()
-        scores = masked(chooser(state), state.allowed)[0]
-        row = int(scores.argmax())
-        episode.look(row, float(scores[row]))
-        if confidence is not None and max(episode.probability) >= confidence:
-            return
-
-
-def _look_everywhere(episode: Episode) -> None:
-    """V of every region, in the order of the grid; the classifier once at the end."""
-    with torch.inference_mode():
-        states, observed = episode.states.clone(), episode.observed.clone()
-        for row in range(states.shape[1]):
-            try:
-                deep = episode.source.deep(row)
-            except UnreadableRegion:
-                continue
-            modules = episode.modules
-            states[0, row] = modules.f_local(modules.standardize(deep, episode.centre).unsqueeze(0))[0]
-            observed[0, row] = True
-        episode.finish(states, observed)
 
 
 def _networks(architecture: Architecture, seed: int) -> nn.ModuleDict:

@@ -13,16 +13,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from rlogist.batched import BatchedFeatureVecEnv, State, play
+from rlogist.mixed_states import classifier_step
 from rlogist.modules import Critic, Policy, masked, seeded
 from rlogist.rewards import default_discount
-from rlogist.staged import (
-    classifier_step,
-    derived_generator,
-    flat_tensors,
-    load_optimizer,
-    optimizer_tensors,
-    part_of,
-)
+from rlogist.stage import Stage, derived_generator, flat_tensors, part_of
 from shared_core import InputError
 
 JOINT_BATCH = 8
@@ -83,9 +77,9 @@ class PPOSettings:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What happened between two updates, time first."""
+    """What happened between two updates, time first; states of all times lie one behind the other."""
 
-    states: list[State]
+    states: State
     action: Int64[Tensor, "time envs"]
     log_probability: Float[Tensor, "time envs"]
     value: Float[Tensor, "time envs"]
@@ -93,8 +87,8 @@ class Rollout:
     advantage: Float[Tensor, "time envs"]
 
 
-class PPO:
-    """Policy and critic in training; a `Stage` whose epochs are updates.
+class PPO(Stage):
+    """Policy and critic in training; an epoch is an update.
 
     Args:
         env: Readings of training slides.
@@ -119,17 +113,16 @@ class PPO:
         self.env, self.policy, self.critic, self.settings, self.seed = env, policy, critic, settings, seed
         own = settings.discount
         self.discount = default_discount(env.reward_kind) if own is None else own
-        self.total, self.done = settings.updates, 0
         self.parameters = [*policy.parameters(), *critic.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.lr, eps=1e-5)
-        classifier = env.modules.classifier.parameters()
-        self.joint = torch.optim.Adam(classifier, lr=2e-4) if settings.joint_every else None
+        networks, optimizers = {"policy": policy, "critic": critic}, {"optimizer": self.optimizer}
+        self.joint: torch.optim.Optimizer | None = None
+        if settings.joint_every:
+            classifier = env.modules.classifier
+            self.joint = torch.optim.Adam(classifier.parameters(), lr=2e-4)
+            networks, optimizers = networks | {"classifier": classifier}, optimizers | {"joint": self.joint}
+        super().__init__(settings.updates, networks, optimizers)
         self.env.reset()
-
-    @property
-    def finished(self) -> bool:
-        """All updates were done."""
-        return self.done >= self.total
 
     def epoch(self) -> dict[str, float]:
         """One rollout and the passes over it."""
@@ -146,12 +139,16 @@ class PPO:
     @torch.no_grad()
     def collect(self, generator: torch.Generator) -> Rollout:
         """Act for `n_steps` looks."""
-        states, actions, logs, values, rewards, dones = [], [], [], [], [], []
+        times = self.settings.n_steps
         state = self.env.state()
-        for _ in range(self.settings.n_steps):
+        # Written in place: at thousands of regions, states are most of the memory of training.
+        states = state.states.new_empty(times, *state.states.shape)
+        flags = state.valid.new_empty(2, times, *state.valid.shape)
+        actions, logs, values, rewards, dones = [], [], [], [], []
+        for time in range(times):
+            states[time], flags[0, time], flags[1, time] = state.states, state.observed, state.valid
             logits = torch.log_softmax(self.logits(state), dim=-1)
             action = torch.multinomial(logits.exp(), 1, generator=generator).squeeze(1)
-            states.append(state)
             actions.append(action)
             logs.append(logits.gather(1, action.unsqueeze(1)).squeeze(1))
             values.append(self.critic(state.states, state.observed, state.valid))
@@ -161,7 +158,9 @@ class PPO:
         last = self.critic(state.states, state.observed, state.valid)
         value, reward = torch.stack(values), torch.stack(rewards)
         advantage = advantages(reward, value, torch.stack(dones), last, self.discount, self.settings.trace)
-        return Rollout(states, torch.stack(actions), torch.stack(logs), value, reward, advantage)
+        observed, valid = flags.flatten(1, 2)
+        seen = State(states.flatten(0, 1), observed, valid, valid & ~observed)
+        return Rollout(seen, torch.stack(actions), torch.stack(logs), value, reward, advantage)
 
     def logits(self, state: State) -> Float[Tensor, "batch regions"]:
         """Unnormalized log-probabilities of regions, those that may not be chosen ruled out."""
@@ -178,14 +177,13 @@ class PPO:
     def learn(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
         """Passes over a rollout in minibatches."""
         flat = {name: getattr(rollout, name).flatten() for name in _COLUMNS}
-        joined = _join(rollout.states)
         count = len(flat["action"])
         seen: dict[str, list[float]] = {}
         for _ in range(self.settings.epochs):
             order = torch.randperm(count, generator=generator)
             for part in order.tensor_split(self.settings.minibatches):
                 batch = {name: column[part] for name, column in flat.items()}
-                loss, scalars = self._loss(_rows(joined, part), batch)
+                loss, scalars = self._loss(rollout.states.part(part), batch)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_norm)
@@ -235,31 +233,13 @@ class PPO:
         env.refresh()
         return float(np.mean(losses))
 
-    def finish(self) -> None:
-        """Nothing: the last update counts."""
-
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed run needs."""
-        parts = {
-            "policy": self.policy.state_dict(),
-            "critic": self.critic.state_dict(),
-            "env": self.env.state_dict(),
-        }
-        if self.joint is not None:
-            parts["classifier"] = self.env.modules.classifier.state_dict()
-            parts["joint"] = optimizer_tensors(self.joint)
-        return {"done": torch.tensor(self.done), **flat_tensors(parts), **optimizer_tensors(self.optimizer)}
+        return {**super().state_dict(), **flat_tensors({"env": self.env.state_dict()})}
 
     def load_state_dict(self, stored: dict[str, Tensor]) -> None:
         """Go on from there."""
-        self.done = int(stored["done"])
-        self.policy.load_state_dict(part_of(stored, "policy"))
-        self.critic.load_state_dict(part_of(stored, "critic"))
-        load_optimizer(self.optimizer, stored)
-        if self.joint is not None:
-            self.env.modules.classifier.load_state_dict(part_of(stored, "classifier"))
-            load_optimizer(self.joint, part_of(stored, "joint"))
-            self.env.refresh()
+        super().load_state_dict(stored)
         self.env.load_state_dict(part_of(stored, "env"))
 
 
@@ -291,14 +271,3 @@ def advantages(
 
 
 _COLUMNS = ("action", "log_probability", "value", "advantage")
-_TENSORS = ("states", "observed", "valid", "allowed")
-
-
-def _join(states: list[State]) -> dict[str, Tensor]:
-    """All states of a rollout, one behind the other; where they began is not needed for learning."""
-    return {name: torch.cat([getattr(state, name) for state in states]) for name in _TENSORS}
-
-
-def _rows(joined: dict[str, Tensor], part: Tensor) -> State:
-    chosen = {name: value[part] for name, value in joined.items()}
-    return State(start=chosen["states"], **chosen)

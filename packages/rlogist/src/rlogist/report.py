@@ -12,8 +12,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from rlogist.geojson import region_features, tissue_features, write_geojson
-from rlogist.model import Prediction
 from rlogist.overlay import draw_heat, draw_outlines
+from rlogist.prediction import Prediction
 from rlogist.slides import Slide, UnreadableRegion
 from shared_core import files
 

@@ -39,6 +39,10 @@ class FeatureSource(ABC):
     def deep(self, row: int) -> Float[Tensor, "patches dim"]:
         """U of one row. Raises `UnreadableRegion` where its pixels are damaged."""
 
+    def corner(self, row: int) -> tuple[int, int] | None:
+        """Top-left corner of a row's region, level-0 pixels; None where this source does not know."""
+        return None
+
 
 class SlideSource(FeatureSource):
     """A slide file: the scan is read once, a region's deep patches when they are asked for.
@@ -67,6 +71,10 @@ class SlideSource(FeatureSource):
         found = self.extractor(self.slide.read_region_block(int(self.region_index[row])))
         return _finite(found, f"{self.extractor.name} at depth", self.name)
 
+    def corner(self, row: int) -> tuple[int, int]:
+        """As in the slide's grid."""
+        return _pair(self.slide.regions.xy[self.region_index[row]])
+
     @cached_property
     def _scan(self) -> tuple[Int64[np.ndarray, " rows"], Float[Tensor, "rows dim"]]:
         kept, rows = [np.empty(0, np.int64)], [torch.empty(0, self.extractor.dim)]
@@ -84,7 +92,7 @@ class CachedSource(FeatureSource):
         name: Of the slide.
 
     Raises:
-        InputError: There are no deep features.
+        InputError: There are no deep features, or some are NaN or infinite.
     """
 
     def __init__(self, features: SlideFeatures, name: str = "") -> None:
@@ -94,7 +102,8 @@ class CachedSource(FeatureSource):
                 f"{self.name} has no deep features: extract with --deep (deep=True)", field="deep_features"
             )
         self.features, self.ledger = features, ReadLedger()
-        self._deep = torch.from_numpy(features.deep)
+        self._deep = _finite(torch.from_numpy(features.deep), "the extractor at depth", self.name)
+        _finite(self.scan(), "the extractor at the scan", self.name)
 
     @property
     def region_index(self) -> Int64[np.ndarray, " rows"]:
@@ -108,6 +117,10 @@ class CachedSource(FeatureSource):
     def deep(self, row: int) -> Float[Tensor, "patches dim"]:
         """U of one row."""
         return self._deep[row]
+
+    def corner(self, row: int) -> tuple[int, int]:
+        """As the features say."""
+        return _pair(self.features.coords[row])
 
 
 @dataclass(frozen=True)
@@ -148,7 +161,7 @@ def check_bags(bags: Sequence[Bag], classes: int | None = None) -> tuple[int, in
     """Dimension of features and number of classes of bags that fit together.
 
     Raises:
-        InputError: None at all, several dimensions, or labels that are not 0 to classes - 1 with two at
+        InputError: None at all, several dimensions, NaN, or labels that are not 0 to classes - 1 with two at
             least.
     """
     if not bags:
@@ -159,6 +172,9 @@ def check_bags(bags: Sequence[Bag], classes: int | None = None) -> tuple[int, in
     empty = [bag.name for bag in bags if not len(bag)]
     if empty:
         raise InputError(f"slides without regions: {', '.join(empty)}", field="bags")
+    for bag in bags:
+        _finite(bag.scan, "the extractor at the scan", bag.name)
+        _finite(bag.deep, "the extractor at depth", bag.name)
     labels = {bag.label for bag in bags}
     found = classes or max(labels) + 1
     if not labels <= set(range(found)):
@@ -172,6 +188,10 @@ def check_bags(bags: Sequence[Bag], classes: int | None = None) -> tuple[int, in
             value=sorted(labels),
         )
     return dims[0], found
+
+
+def _pair(xy: Int64[np.ndarray, " 2"]) -> tuple[int, int]:
+    return int(xy[0]), int(xy[1])
 
 
 def _finite(features: Tensor, what: str, name: str) -> Tensor:

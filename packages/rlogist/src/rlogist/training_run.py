@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlogist.staged import Stage, flat_tensors, part_of
+from rlogist.stage import Stage, flat_tensors, part_of
 from shared_core import InputError, files
 
 Epoch = Callable[[str, int, int, dict[str, float]], None]
