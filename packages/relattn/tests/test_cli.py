@@ -1,26 +1,22 @@
 """The command works on a user's own model directory and data, and says in one line what is wrong."""
 
+import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_models import CORPUS
 
 from relattn import cli, methods
-from shared_core import command
+from relattn.pplm import PPLM
+from shared_core import testing
 
 EVAL = ["eval", "--out", "OUT", "--data", "DATA", "--method"]
 SHORT = ["--beams", 2, "--max-tokens", 8, "--device", "cpu"]
-
-
-def run(*arguments: object) -> int:
-    """The command's exit code."""
-    with pytest.raises(SystemExit) as ended:
-        command.run(cli.app, [str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+run = partial(testing.exit_code, cli.app)
 
 
 @pytest.fixture(params=["bart", "t5"])
@@ -56,7 +52,7 @@ def data(tmp_path):
 def test_help_and_wrong_arguments_answer_without_torch(tmp_path: Path):
     code = """
 import sys
-from shared_core import command
+from shared_core import testing
 from relattn import cli
 for arguments in (
     ["--help"], ["summarize", "--help"], ["eval", "--help"], ["prove", "--help"],
@@ -165,7 +161,7 @@ def test_fewshot_learns_on_other_documents_than_it_validates_on(folder, data, tm
     ("arguments", "message"),
     [
         (["summarize", "--control", "  "], "control 0 is empty"),
-        (["summarize", "--control", "music", "--device", "cuda:77"], "--device: no such device here"),
+        (["summarize", "--control", "music", "--device", "cuda:77"], "device: no such device here"),
         (["eval", "--out", "OUT"], "--data: is missing: expected the data's place for the format jsonl"),
         (["eval", "--out", "OUT", "--format", "entsum", "--data", "DATA"], "--articles: is missing"),
         ([*EVAL, "prefix", "--weight", "online"], "--weight: is not used by the method prefix"),
@@ -173,6 +169,8 @@ def test_fewshot_learns_on_other_documents_than_it_validates_on(folder, data, tm
         ([*EVAL, "relattn-online", "--weight", "0.3"], "--weight: is not used by the method relattn-online"),
         ([*EVAL, "plain", "--temperature", "auto"], "--temperature: is not used by the method plain"),
         ([*EVAL, "boost", "--module", "MODULE"], "--module: is not used by the method boost"),
+        ([*EVAL, "relattn", "--pplm-step", "0.1"], "--pplm-step: is not used by the method relattn"),
+        ([*EVAL, "pplm", "--pplm-step", "-1"], "expected a number above 0, got -1.0"),
         ([*EVAL, "relattn", "--module", "MODULE", "--temperature", "auto"], "is the module's own"),
     ],
 )
@@ -209,6 +207,33 @@ def test_models_that_are_no_summarizers_are_named_with_what_is_supported(tmp_pat
     (tmp_path / "empty").mkdir()
     assert run("summarize", "--model", tmp_path / "empty", "--control", "x", article) == 2
     assert "--model: cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_text_that_is_not_utf8_is_one_line_also_on_standard_input(t5_folder, tmp_path, monkeypatch, capsys):
+    content = "caf\u00e9 music".encode("latin-1")
+    (tmp_path / "latin.txt").write_bytes(content)
+    arguments = ["summarize", "--model", t5_folder, "--control", "music", *SHORT]
+    assert run(*arguments, tmp_path / "latin.txt") == 2
+    assert "latin.txt: is not UTF-8 text: invalid continuation byte at byte 3" in capsys.readouterr().err
+    for given, code in ((content, 2), ("Caf\u00e9 music.\r\n".encode(), 0)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+        assert run(*arguments) == code
+    error = capsys.readouterr().err
+    assert error.splitlines() == [
+        "error: standard input: is not UTF-8 text: invalid continuation byte at byte 3"
+    ]
+
+
+def test_eval_hands_the_step_size_to_pplm_and_records_it(t5_folder, data, tmp_path, monkeypatch):
+    sizes = []
+    given = PPLM.__init__
+    monkeypatch.setattr(PPLM, "__init__", lambda self, *a, **k: sizes.append(k) or given(self, *a, **k))
+    arguments = ["eval", "--model", t5_folder, "--data", data, "--limit", 1, "--method", "pplm", *SHORT]
+    assert run(*arguments, "--out", tmp_path / "a", "--pplm-step", "0.25") == 0
+    assert run(*arguments, "--out", tmp_path / "b") == 0
+    assert sizes == [{"step_size": 0.25}, {}]
+    recorded = json.loads((tmp_path / "a" / "results.jsonl.settings.json").read_text())
+    assert recorded["pplm_step"] == 0.25
 
 
 def test_a_control_that_the_text_lacks_is_a_warning(t5_folder, article, capsys):

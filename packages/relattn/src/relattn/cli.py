@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from relattn import cli_inputs
 from shared_core import InputError, command, files
-
-if TYPE_CHECKING:
-    from relattn.examples import Example
-    from relattn.steerer import Steerer
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -65,6 +62,12 @@ def _temperature(value: str) -> str:
         valid = False
     if not valid:
         raise typer.BadParameter(f'expected a number above 0, or "auto", got {value!r}')
+    return value
+
+
+def _above_zero(value: float | None) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise typer.BadParameter(f"expected a number above 0, got {value}")
     return value
 
 
@@ -128,8 +131,8 @@ def summarize(
     out: Annotated[Path | None, typer.Option(help="Write the summary and its reasons as JSON.")] = None,
 ) -> None:
     """Summarize a text about what the reader asks for."""
-    text = _text(document)
-    steerer = _steerer(model, temperature, module, max_source, device)
+    text = cli_inputs.read_text(document)
+    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device)
     settings = _generation(beams, max_tokens, min_tokens)
     (summary,) = steerer.generate([text], [control], _number(weight), **settings)
     if out is not None:
@@ -160,8 +163,8 @@ def explain(
     """Show which parts of a text are relevant to what the reader asks for."""
     if out is not None and out.suffix not in (".html", ".json"):
         raise InputError("expected a file name that ends in .html or .json", field="--out", value=str(out))
-    text = _text(document)
-    steerer = _steerer(model, temperature, module, max_source, device)
+    text = cli_inputs.read_text(document)
+    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device)
     from relattn import explain as view
 
     if summary:
@@ -204,6 +207,14 @@ def evaluate(
     bertscore_layer: Annotated[
         int, typer.Option(help="Its hidden state to compare; 17 is usual for roberta-large.")
     ] = 17,
+    pplm_step: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the method pplm: size of a gradient step. The published 1e-5, if not given, is for large"
+            " models and changes next to nothing on small ones: try 0.01 to 0.5 there.",
+            callback=_above_zero,
+        ),
+    ] = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUT holds.")] = False,
@@ -214,15 +225,18 @@ def evaluate(
     if weight == "online" and method == "relattn-prefix":
         raise InputError("expected a number for relattn-prefix", field="--weight", value=weight)
     _refuse_unused(method, {"--weight": weight, "--temperature": None if temperature == "1" else temperature,
-                            "--module": module})  # fmt: skip
-    examples = _examples(data, format, split, articles, skip_bad)[:limit]
-    steerer = _steerer(model, temperature, module, max_source, device)
+                            "--module": module, "--pplm-step": pplm_step})  # fmt: skip
+    examples = cli_inputs.read_examples(data, format, split, articles, skip_bad)[:limit]
+    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device)
     from relattn import evaluation, methods
     from relattn.pplm import PPLMCost
 
     options = _generation(beams, max_tokens, min_tokens)
     settings = methods.MethodSettings(
-        weight=None if weight is None else float(weight), batch_size=batch_size, generate=options
+        weight=None if weight is None else float(weight),
+        batch_size=batch_size,
+        generate=options,
+        pplm={} if pplm_step is None else {"step_size": pplm_step},
     )
     recorded = {
         "data": None if data is None else str(data), "format": format, "split": split,
@@ -232,7 +246,9 @@ def evaluate(
     }  # fmt: skip
     if bertscore is not None:
         recorded["bertscore"] = [bertscore, bertscore_layer]
-    score = _scores(bertscore, bertscore_layer)
+    if pplm_step is not None:
+        recorded["pplm_step"] = pplm_step
+    score = cli_inputs.load_scores(bertscore, bertscore_layer, device)
     cost = PPLMCost()
     out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("") as status:
@@ -295,8 +311,8 @@ def fewshot(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's checkpoint.")] = False,
 ) -> None:
     """Learn from a few examples how strongly, and by what relevance, to steer."""
-    examples = _examples(data, format, split, articles, skip_bad)
-    loaded, tokenizer = _load(model, device)
+    examples = cli_inputs.read_examples(data, format, split, articles, skip_bad)
+    loaded, tokenizer = cli_inputs.load_model(model, device)
     from relattn import fewshot as learning
     from relattn.fewshot_data import split_by_document
     from relattn.weights import RelAttnModule
@@ -354,22 +370,12 @@ def prove(
     raise typer.Exit(run_proof(out, seeds, quick))
 
 
-def _text(document: Path | None) -> str:
-    if document is None:
-        if sys.stdin.isatty():
-            raise InputError("expected a text file, or text on standard input", field="DOCUMENT")
-        return sys.stdin.read()
-    try:
-        return document.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text: {error.reason} at byte {error.start}", file=document) from error
-
-
 # Which methods of `eval` read an option. A comparison must not be labelled with what had no effect.
 _READERS = {
     "--weight": ("relattn", "relattn-prefix"),
     "--temperature": ("bias", "extract", "relattn", "relattn-online", "relattn-prefix"),
     "--module": ("bias", "extract", "relattn", "relattn-online", "relattn-prefix"),
+    "--pplm-step": ("pplm",),
 }
 
 
@@ -390,97 +396,3 @@ def _number(weight: str | None) -> Any:
 def _generation(beams: int | None, max_tokens: int | None, min_tokens: int | None) -> dict[str, Any]:
     given = {"num_beams": beams, "max_new_tokens": max_tokens, "min_new_tokens": min_tokens}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _examples(
-    data: Path | None, form: str, split: str, articles: Path | None, skip_bad: bool
-) -> list[Example]:
-    from relattn import readers
-    from relattn.entsum import load_entsum
-
-    if form == "aclsum":
-        return readers.load_aclsum(split)
-    if data is None:
-        raise InputError(f"is missing: expected the data's place for the format {form}", field="--data")
-    if form == "entsum":
-        if articles is None:
-            raise InputError("is missing: entsum's annotations need the articles' folder", field="--articles")
-        return load_entsum(data, articles, skip_bad=skip_bad)
-    if form == "ctrlsum":
-        return readers.load_ctrlsum(data, split)
-    load = {"jsonl": readers.load_jsonl, "csv": readers.load_csv, "newts": readers.load_newts}[form]
-    return load(data, skip_bad=skip_bad)
-
-
-def _scores(encoder: str | None, layer: int) -> Any:
-    """What `eval` measures: all of `relattn.metrics`, and BERTScore where an encoder is given."""
-    from relattn.metrics import bertscore_f1, score_summary
-
-    if encoder is None:
-        return score_summary
-    from relattn.bertscore import BertScore
-
-    try:
-        scorer = BertScore.from_pretrained(encoder, layer)
-    except (OSError, KeyError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot be loaded: {first}", field="--bertscore", value=encoder) from error
-
-    def score(example: Example, summary: str) -> dict[str, float]:
-        found = score_summary(example, summary)
-        if example.summary is not None:
-            found["bertscore"] = bertscore_f1(summary, example.summary, scorer)
-        return found
-
-    return score
-
-
-def _steerer(
-    model: str, temperature: str, module: Path | None, max_source: int | None, device: str
-) -> Steerer:
-    from relattn.relevance import EmbeddingRelevance
-    from relattn.steerer import Steerer
-    from relattn.weights import RelAttnModule
-
-    if module is not None and temperature != "1":
-        raise InputError("is the module's own: give one of the two", field="--temperature", value=temperature)
-    loaded, tokenizer = _load(model, device)
-    if module is not None:
-        trained = RelAttnModule.from_pretrained(module).to(loaded.device)
-        return Steerer(loaded, tokenizer, module=trained, max_source_tokens=max_source)
-    sharpness = "auto" if temperature == "auto" else float(temperature)
-    relevance = EmbeddingRelevance(temperature=sharpness)
-    return Steerer(loaded, tokenizer, relevance, max_source_tokens=max_source)
-
-
-def _load(name: str, device: str) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        message = f"no such device here ({str(error).splitlines()[0]})"
-        raise InputError(message, field="--device", value=device) from error
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if not config.is_encoder_decoder:
-            from relattn.families import SUPPORTED
-
-            raise InputError(
-                f"{config.model_type} is no encoder-decoder model: expected one of {', '.join(SUPPORTED)}",
-                field="--model",
-                value=name,
-            )
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except InputError:
-        raise
-    except (OSError, KeyError, ValueError) as error:  # transformers has all three for what it cannot read
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot be loaded: {first}", field="--model", value=name) from error
-    return model.eval().to(where), tokenizer
