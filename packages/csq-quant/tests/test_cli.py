@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import csq
 from csq import cli, runs, sources, stages
@@ -343,3 +344,41 @@ def test_a_file_without_notes_is_for_python(
     csq.save(runs.HardenedFile.open(hardened).model, tmp_path / "bare.safetensors")
     assert run("inspect", tmp_path / "bare.safetensors") == 2
     assert "use csq.load in Python" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model", 3), ("shape", [3, 32]), ("shape", [True, 32, 32]), ("classes", []), ("classes", [1, 2]),
+     ("mean", [0.5]), ("std", [0.2, 0.0, 0.2]), ("std", ["a", "b", "c"])],
+)  # fmt: skip
+def test_notes_that_are_none_are_named(
+    key: str, value: object, hardened: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = runs.HardenedFile.open(hardened)
+    csq.save(file.model, tmp_path / "m.safetensors", notes={**file.notes, key: value})
+    assert run("inspect", tmp_path / "m.safetensors") == 2
+    assert re.search(rf"error: .*m\.safetensors: {key}: is damaged: expected", capsys.readouterr().err)
+
+
+def test_a_damaged_checkpoint_is_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_bytes((trained / "run.json").read_bytes())
+    tensors = load_file(trained / CHECKPOINT)
+    with safe_open(trained / CHECKPOINT, "pt") as opened:
+        metadata = opened.metadata()
+    state = json.loads(metadata["state"])
+    few = {name: value for name, value in tensors.items() if not name.startswith("model/conv1")}
+    for changed, left, message in (
+        ({"state": "{"}, tensors, "is damaged"),
+        ({"state": "[]"}, tensors, "is damaged"),
+        ({"state": json.dumps({**state, "step": "6"})}, tensors, "is damaged: expected step, fingerprint"),
+        ({"csq-checkpoint": "1"}, tensors, "expected a csq checkpoint of format"),
+        ({}, few, "does not fit run.json"),
+        ({}, {"model/x": torch.zeros(1)}, "expected tensors of the model, the optimizer"),
+    ):
+        save_file(left, tmp_path / CHECKPOINT, {**metadata, **changed})
+        for arguments in (("inspect", tmp_path), ("harden", tmp_path, "--out", tmp_path / "m.safetensors")):
+            assert run(*arguments) == 2
+            (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+            assert message in error

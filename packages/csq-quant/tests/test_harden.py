@@ -117,7 +117,9 @@ class TestReport:
         assert found.paper_compression == 16
         others = sum(t.numel() for t in plain.state_dict().values() if t.is_floating_point()) - found.weights
         assert found.float_parameters == others
-        assert found.expected_bytes == found.weights * 3 / 8 + 4 * others
+        batches = sum(t.numel() for t in plain.state_dict().values() if not t.is_floating_point())
+        scales = len(found.layers) * (4 + 3)  # a step and a mask
+        assert found.expected_bytes == found.weights * 3 / 8 + 4 * others + 8 * batches + scales
 
     def test_is_weighted_by_size_and_also_by_layer(self):
         model = csq.parametrize(nn.Sequential(nn.Linear(2, 2), nn.Linear(10, 10)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import csq
 from csq import rivals
 from csq.rivals.bsq import PLANES, BsqWeight, bsq_penalty
 from csq.rivals.lsq import LsqWeight, lsq_quantize
@@ -262,3 +263,19 @@ def test_a_rivals_file_loads_into_a_plain_model(tmp_path) -> None:
     loaded = csq.load(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20)), tmp_path / "m.safetensors")
     x = torch.randn(3, 40)
     assert torch.equal(loaded(x), hard(x))
+
+
+def test_a_bsq_model_hardened_between_two_requantizations_has_numbers_that_its_planes_make(tmp_path):
+    model = rivals.attach(nn.Sequential(nn.Linear(6, 5)), lambda _, weight: BsqWeight(weight))
+    (layer,) = rivals.rival_layers(model).values()
+    with torch.no_grad():
+        layer.n_planes.fill_(3)
+        layer.planes[:, 3:] = 0
+        layer.planes[0, :3, 0, 0], layer.planes[1, :3, 0, 0] = 2, 0  # 14, where three planes make 7
+    before = model[0].weight.detach().clone()
+    final = rivals.harden(model)
+    torch.testing.assert_close(final[0].weight.detach(), before)
+    assert final.report.layers[0].bits == 4
+    csq.save(final, tmp_path / "m.safetensors")
+    found = csq.load(nn.Sequential(nn.Linear(6, 5)), tmp_path / "m.safetensors")
+    assert torch.equal(found[0].weight, final[0].weight)

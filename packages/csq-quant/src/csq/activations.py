@@ -295,6 +295,25 @@ def install_activations(model: nn.Module, plan: Mapping[str, Mapping[str, Any]])
     return model
 
 
+def check_settings(settings: object, field: str) -> None:
+    """Check an entry of a plan as `activation_plan` gives it, read from a file.
+
+    Raises:
+        InputError: It is none; `field` is what the message begins with.
+    """
+    keys = [("pact", {"method", "bits", "signed"}), ("lsq", {"method", "bits", "signed", "features"})]
+    if not isinstance(settings, Mapping) or (settings.get("method"), settings.keys()) not in keys:
+        raise InputError("expected the settings of pact or lsq", field=field, value=settings)
+    if type(settings["signed"]) is not bool:
+        raise InputError("expected true or false", field=f"{field}: signed", value=settings["signed"])
+    least = 2 if settings["signed"] else 1
+    if type(settings["bits"]) is not int or not least <= settings["bits"] <= 16:
+        raise InputError(f"expected {least} to 16", field=f"{field}: bits", value=settings["bits"])
+    features = settings.get("features", 1)
+    if type(features) is not int or features < 1:
+        raise InputError("expected a whole number above 0", field=f"{field}: features", value=features)
+
+
 def make_quantizer(settings: Mapping[str, Any]) -> ActivationQuantizer:
     """Return the quantizer that an entry of a plan stands for."""
     kinds = {"pact": PactQuantizer, "lsq": LsqQuantizer}

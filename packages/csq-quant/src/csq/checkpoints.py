@@ -96,9 +96,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
             file=path,
             value=metadata.get("csq-checkpoint", "no such mark"),
         )
-    return Checkpoint(
-        **json.loads(metadata["state"]),
-        model=parts["model"],
-        optimizer=parts["optimizer"],
-        random=parts["random"],
-    )
+    try:
+        state = json.loads(metadata["state"])
+        kinds = {"step": int, "fingerprint": dict, "plans": list, "history": list}
+        if state.keys() != kinds.keys() or any(type(state[key]) is not kind for key, kind in kinds.items()):
+            raise ValueError(f"expected {', '.join(kinds)}")
+        if parts.keys() != {"model", "optimizer", "random"} or "cpu" not in parts["random"]:
+            raise ValueError("expected tensors of the model, the optimizer and the generator")
+    except (AttributeError, KeyError, ValueError) as error:
+        raise InputError(f"is damaged: {error}", file=path) from error
+    tensors: dict[str, Any] = parts
+    return Checkpoint(**state, **tensors)

@@ -339,9 +339,9 @@ def inspect(
             title = f"{run.settings.model}, {run.settings.method}"
         else:
             file = runs.HardenedFile.open(path)
-            model, shape, activations = file.model, tuple(file.notes["shape"]), file.notes["activations"]
+            model, shape, activations = file.model, tuple(file.notes["shape"]), file.activations
             history, target, size = [], None, path.stat().st_size
-            title = f"{file.notes['model']}, {file.notes['method']}"
+            title = f"{file.notes['model']}, {file.notes.get('method', 'csq')}"
         report = csq.report(model)
         operations = runs.bit_operations(model, shape, activations)
         command.print_table(scheme_view.layer_table(report, operations))

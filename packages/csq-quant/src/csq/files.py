@@ -7,41 +7,35 @@ says how to read them and which inputs are quantized; nothing is unpickled.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from csq.activations import activation_plan, install_activations, make_quantizer
+from csq.file_contents import (
+    CODEBOOK,
+    CODES,
+    DTYPES,
+    MASKS,
+    STEPS,
+    VERSION,
+    read_contents,
+    read_description,
+    sealed,
+)
 from csq.hardened import attach
 from csq.parametrization import bit_layers, unwrap
-from csq.size_report import LayerReport, Report, check_unchanged, report
-from csq.storage import Packed, pack_codes, unpack_codes
+from csq.size_report import LayerReport, Report, check_unchanged, report, rest_of_file
+from csq.storage import pack_codes
 from shared_core import InputError
 from shared_core.files import atomic_path
 
 Model = TypeVar("Model", bound=nn.Module)
-
-FORMAT = "csq"
-VERSION = 2
-CODES, CODEBOOK, STEPS, MASKS = "csq.codes/", "csq.codebook/", "csq.steps", "csq.masks"
-"""Names of the file's own; the first two go before a layer's name."""
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-"""What weights may be rounded to."""
 
 
 def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> int:
@@ -83,10 +77,8 @@ def save(final: nn.Module, path: str | os.PathLike[str], *, notes: Mapping[str, 
     description = {"version": VERSION, "layers": table, "shared": shared, "activations": activations}
     if notes:
         description["notes"] = dict(notes)
-    # One entry: safetensors writes several in no fixed order, and equal models shall make equal files.
-    metadata = {FORMAT: json.dumps(description, separators=(",", ":"))}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, sealed(description, tensors))
     return os.path.getsize(path)
 
 
@@ -108,44 +100,22 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     """
     if bit_layers(model):
         raise InputError("has bit planes; load into a plain model", field="model")
-    tensors, description = _read(path)
-    layers, state = [], {}
-    try:
-        table = description["layers"]
-        _check_sizes(unwrap(model), table)  # before anything of such a size is made
-        steps, masks = tensors.pop(STEPS).tolist(), tensors.pop(MASKS).bool().tolist()
-        for (name, keys, shape, width, offset, dtype), step, mask in zip(table, steps, masks, strict=True):
-            if not (step > 0 and math.isfinite(step)):
-                raise ValueError(f"the step of {name} is no positive number")
-            stream, codebook = tensors.pop(CODES + name).numpy(), tensors.pop(CODEBOOK + name, None)
-            values = None if codebook is None else codebook.numpy()
-            codes = unpack_codes(Packed(stream, int(np.prod(shape)), width, offset, values)).reshape(shape)
-            codes = torch.from_numpy(codes.copy())
-            layer = LayerReport(name, tuple(keys), tuple(mask), step, codes, DTYPES[dtype])
-            layers.append(layer)
-            state.update(dict.fromkeys(keys, layer.weight()))
-        state.update(tensors)
-        state.update({key: state[source] for key, source in description["shared"].items()})
-    except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"is damaged: {error}", file=path) from error
-    doubled = sorted(tensors.keys() & {key for layer in layers for key in layer.tensors})
-    if doubled:
-        raise InputError("is damaged: a quantized weight is there twice", file=path, field=doubled[0])
     target = unwrap(model)
-    plan = _missing_quantizers(target, description["activations"], path)
+    most = 2**24 + 16 * max((tensor.numel() for tensor in target.state_dict().values()), default=0)
+    contents = read_contents(path, most)
+    state = contents.state()
+    plan = _missing_quantizers(target, contents.activations, path)
     _check_fit(target, state, plan, path)
-    layers = _merge_tied(target, layers, state, path)
+    layers = _merge_tied(target, list(contents.layers), state, path)
     install_activations(target, plan)
     target.load_state_dict(state)
-    quantized = {key for layer in layers for key in layer.tensors}
-    rest = sum(t.numel() for key, t in tensors.items() if key not in quantized and t.is_floating_point())
-    attach(target, Report(tuple(layers), rest))
+    attach(target, Report(tuple(layers), *rest_of_file(contents.rest.values())))
     return model
 
 
 def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The notes that a file was saved with; empty where there were none. Errors as for `load`."""
-    return dict(_describe(path).get("notes", {}))
+    return dict(read_description(path).get("notes", {}))
 
 
 def _dtype_name(layer: LayerReport, weight: Tensor) -> str:
@@ -200,49 +170,6 @@ def _merge_tied(
     return layers
 
 
-def _describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the metadata says, of a file whose format this version reads."""
-    if not Path(path).is_file():
-        raise InputError("there is no such file", file=path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"is no whole safetensors file: {error}", file=path) from error
-    if FORMAT not in metadata:
-        raise InputError("is no file of csq.save", file=path)
-    try:
-        description = json.loads(metadata[FORMAT])
-    except json.JSONDecodeError as error:
-        raise InputError(f"is damaged: {error}", file=path) from error
-    if not isinstance(description, dict):
-        raise InputError("is damaged: its description is no object", file=path)
-    if description.get("version") != VERSION:
-        raise InputError(
-            f"expected format version {VERSION}; a newer csq-quant may read it",
-            file=path,
-            field="version",
-            value=description.get("version"),
-        )
-    return description
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    description = _describe(path)
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, description  # noqa: SIM118 (no dict)
-
-
-def _check_sizes(model: nn.Module, table: list[Any]) -> None:
-    # Zeros have no stream, whose length would tell; a file for a wider model shall still be named as such.
-    most = 2**24 + 16 * max((tensor.numel() for tensor in model.state_dict().values()), default=0)
-    for name, _, shape, *_ in table:
-        if not all(isinstance(extent, int) and extent >= 0 for extent in shape):
-            raise ValueError(f"the shape of {name} is {shape}")
-        if math.prod(shape) > most:
-            raise ValueError(f"{name} of shape {tuple(shape)} is far larger than any weight of the model")
-
-
 def _missing_quantizers(
     model: nn.Module, plan: dict[str, dict[str, Any]], path: str | os.PathLike[str]
 ) -> dict[str, dict[str, Any]]:
@@ -282,13 +209,21 @@ def _check_fit(
     for name, settings in plan.items():
         prefix = f"{name}.input_quantizer." if name else "input_quantizer."
         own |= make_quantizer(settings).state_dict(prefix=prefix)
+    kinds = [
+        f"{key} is {state[key].dtype} in the file, {own[key].dtype} in the model"
+        for key in sorted(own.keys() & state.keys())
+        if state[key].dtype != own[key].dtype
+        and not (state[key].is_floating_point() and own[key].is_floating_point())
+    ]
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
         f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
         for key in own.keys() & state.keys()
         if own[key].shape != state[key].shape
     ]
-    if missing or surplus or shapes:
+    if missing or surplus or shapes or kinds:
         problems = [f"the file lacks {', '.join(missing[:3])}"] if missing else []
         problems += [f"the model lacks {', '.join(surplus[:3])}"] if surplus else []
-        raise InputError(f"holds another architecture: {'; '.join(problems + sorted(shapes)[:3])}", file=path)
+        raise InputError(
+            f"holds another architecture: {'; '.join(problems + sorted(shapes)[:3] + kinds[:3])}", file=path
+        )

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -53,7 +54,7 @@ def harden(
     _check_finite(source)
     layers = tuple(hard_layers(source, contiguous))
     _warn(source, layers)
-    made = Report(layers, report(source).float_parameters)
+    made = replace(report(source), layers=layers)
     # Planes are shared with the copy, not copied: they are most of the memory and about to go.
     final = copy.deepcopy(source, {id(planes): planes for planes in bit_layers(source).values()})
     _replace(final, layers)

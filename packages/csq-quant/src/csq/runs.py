@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import csq
 from csq import sources
+from csq.activations import activation_plan
 from csq.checkpoints import Checkpoint, read_checkpoint
 from csq.data import ImageData, PixelSplit, load_images
 from csq.files import load, read_notes
@@ -214,7 +215,10 @@ class TrainingRun:
         for index, plan in enumerate(kept.plans):
             begin = ends[index - 1] if index else 0
             self.method.stages[index].install(model, plan, ends[index] - begin)
-        model.load_state_dict(kept.model)
+        try:
+            model.load_state_dict(kept.model)
+        except RuntimeError as error:
+            raise InputError(f"does not fit {RUN}: {error}", file=self.folder / CHECKPOINT) from error
         return model.eval()
 
     def hard_model(self, data: ImageData | None, device: str = "cpu", *, warn: bool = False) -> nn.Module:
@@ -254,7 +258,6 @@ class TrainingRun:
             "shape": list(self.shape),
             "mean": list(self.mean),
             "std": list(self.std),
-            "activations": self.activations,
             **more,
         }
 
@@ -276,11 +279,17 @@ class HardenedFile:
                 `csq.load`.
         """
         notes = read_notes(path)
-        if not {"model", "classes", "shape"} <= notes.keys():
+        if not {"model", "classes", "shape", "mean", "std"} <= notes.keys():
             raise InputError("does not name its model: use csq.load in Python", file=path)
+        _check_notes(notes, path)
         channels, height, width = notes["shape"]
         model = sources.build(notes["model"], len(notes["classes"]), (channels, height, width))
         return cls(path, load(model, path).eval(), notes)
+
+    @property
+    def activations(self) -> dict[str, Any]:
+        """The activation quantizers, by layer."""
+        return activation_plan(self.model)
 
     def images(self, data: str) -> ImageData:
         """Return images for this model: its size, normalization and classes."""
@@ -295,6 +304,26 @@ class HardenedFile:
                 value=", ".join(images.classes[:5]),
             )
         return replace(images, mean=tuple(self.notes["mean"]), std=tuple(self.notes["std"]))
+
+
+def _check_notes(notes: dict[str, Any], path: Path) -> None:
+    shape, words = notes["shape"], notes["classes"]
+    sized = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+    channels = shape[0] if sized else 0
+    for key, fits, wanted in (
+        ("model", isinstance(notes["model"], str), "a model's name"),
+        ("shape", sized, "channels, height and width"),
+        ("classes", isinstance(words, list) and words and all(isinstance(w, str) for w in words), "names"),
+        ("mean", _finite(notes["mean"], channels), f"{channels} numbers"),
+        ("std", _finite(notes["std"], channels) and min(notes["std"]) > 0, f"{channels} numbers above 0"),
+    ):
+        if not fits:
+            raise InputError(f"is damaged: expected {wanted}", file=path, field=key, value=notes[key])
+
+
+def _finite(values: Any, length: int) -> bool:
+    fits = isinstance(values, list) and len(values) == length > 0
+    return fits and all(type(v) in (int, float) and math.isfinite(v) for v in values)
 
 
 def bn_inputs(data: ImageData, settings: Settings) -> Iterator[Float[Tensor, "n channels h w"]]:

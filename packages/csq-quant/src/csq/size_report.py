@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,9 @@ from csq.budget import top_run
 from csq.parametrization import bit_layers, places, unwrap
 from csq.storage import CODEBOOK_BITS, paper_bits, stored_form
 from shared_core import InputError
+
+STEP_BYTES = 4
+"""What a layer's step takes in a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,8 @@ class Report:
     layers: tuple[LayerReport, ...]
     float_parameters: int
     """Values of the state dict that stay in floating point: biases, normalisation, layers left out."""
+    rest_bytes: int
+    """Bytes that all that is not quantized takes in a file, each tensor once in its own dtype."""
 
     @property
     def weights(self) -> int:
@@ -122,8 +127,11 @@ class Report:
 
     @property
     def expected_bytes(self) -> int:
-        """Stored bits and the rest in float32, without a file's header."""
-        return -(-self.stored_bits // 8) + 4 * self.float_parameters
+        """What a file takes without its header: streams in whole bytes, codebooks, steps, masks, the rest."""
+        streams = sum(-(-layer.stored_bits * layer.weights // 8) for layer in self.layers)
+        codebooks = sum(CODEBOOK_BITS // 8 * layer.codebook_entries for layer in self.layers)
+        scales = sum(STEP_BYTES + len(layer.mask) for layer in self.layers)
+        return streams + codebooks + scales + self.rest_bytes
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a layer in plain values; `mask` is text, most significant plane first."""
@@ -165,10 +173,11 @@ def report(model: nn.Module) -> Report:
     """
     kept = getattr(unwrap(model), REPORT_ATTRIBUTE, None)
     if not bit_layers(model):
-        if isinstance(kept, Report):
-            return kept
-        raise InputError("expected a model of csq.parametrize, csq.harden or csq.load", field="model")
-    return Report(tuple(hard_layers(model)), _float_parameters(model))
+        if not isinstance(kept, Report):
+            raise InputError("expected a model of csq.parametrize, csq.harden or csq.load", field="model")
+        # The rest as it is now: it may have been cast since.
+        return Report(kept.layers, *rest_of_model(model, kept.layers))
+    return Report(tuple(hard_layers(model)), *rest_of_model(model))
 
 
 def check_unchanged(model: nn.Module) -> None:
@@ -205,11 +214,19 @@ def hard_layers(model: nn.Module, contiguous: bool = False) -> Iterator[LayerRep
         yield LayerReport(name, tuple(keys[id(planes)]), mask, step, codes, planes.dtype)
 
 
-def _float_parameters(model: nn.Module) -> int:
-    quantized = {
-        id(tensor)
-        for planes in bit_layers(model).values()
-        for tensor in (*planes.parameters(), *planes.buffers())
+def rest_of_model(model: nn.Module, layers: Iterable[LayerReport] = ()) -> tuple[int, int]:
+    """As `rest_of_file`, of all that is neither bit planes nor a weight of these layers; each tensor once."""
+    planes = {
+        id(tensor) for each in bit_layers(model).values() for tensor in (*each.parameters(), *each.buffers())
     }
-    tensors = {id(t): t for t in unwrap(model).state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
-    return sum(t.numel() for key, t in tensors.items() if key not in quantized and t.is_floating_point())
+    quantized = {key for layer in layers for key in layer.tensors}
+    state = unwrap(model).state_dict(keep_vars=True)
+    tensors = {id(t): t for key, t in state.items() if isinstance(t, Tensor) and key not in quantized}
+    return rest_of_file(t for key, t in tensors.items() if key not in planes)
+
+
+def rest_of_file(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """Number of floating-point values, and bytes, of tensors that a file holds as they are."""
+    kept = list(tensors)
+    floats = sum(t.numel() for t in kept if t.is_floating_point())
+    return floats, sum(t.numel() * t.element_size() for t in kept)

@@ -33,13 +33,19 @@ def span(mask: Sequence[bool]) -> int:
 
 
 @cache
-def reachable_values(mask: tuple[bool, ...]) -> int:
-    """How many different weights selected planes can make, each being -1, 0 or 1 times its place value."""
+def reachable(mask: tuple[bool, ...]) -> frozenset[int]:
+    """The numbers that selected planes make, each -1, 0 or 1 times its place, in units of the lowest one."""
     values = {0}
-    for plane, on in enumerate(mask):
+    lowest = mask.index(True) if any(mask) else 0
+    for plane, on in enumerate(mask[lowest:]):
         if on:
             values = {value + digit * 2**plane for value in values for digit in (-1, 0, 1)}
-    return len(values)
+    return frozenset(values)
+
+
+def reachable_values(mask: tuple[bool, ...]) -> int:
+    """How many different weights selected planes can make."""
+    return len(reachable(mask))
 
 
 def stored_bits(mask: Sequence[bool], used_values: int | None = None) -> int:

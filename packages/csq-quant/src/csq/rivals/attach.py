@@ -15,7 +15,7 @@ from csq.parametrization import _check_weights, _layer_name, _weights, unwrap
 from csq.rivals.bsq import PLANES, BsqWeight
 from csq.rivals.lsq import LsqWeight
 from csq.rivals.ste import SteWeight
-from csq.size_report import LayerReport, Report
+from csq.size_report import LayerReport, Report, rest_of_model
 from shared_core import InputError
 
 Rival = SteWeight | LsqWeight | BsqWeight
@@ -142,9 +142,10 @@ def harden(model: nn.Module, bn_loader: Iterable[Any] | None = None) -> nn.Modul
     Returns:
         The same model.
     """
+    for rival in rival_layers(model).values():
+        if isinstance(rival, BsqWeight):
+            rival.requantize()  # between two re-quantizations, sums may pass what the planes in use can make
     layers = tuple(hard_layers(model))
     detach(model)
-    quantized = {key for layer in layers for key in layer.tensors}
-    rest = {id(t): t for key, t in model.state_dict(keep_vars=True).items() if key not in quantized}
-    attach_report(model, Report(layers, sum(t.numel() for t in rest.values() if t.is_floating_point())))
+    attach_report(model, Report(layers, *rest_of_model(model, layers)))
     return model if bn_loader is None else reestimate_batchnorm(model, bn_loader)
