@@ -9,6 +9,18 @@ class DeviceError(InputError):
     exit_code = 3
 
 
+class DriverError(DeviceError):
+    """The driver answered a call with an error.
+
+    Attributes:
+        code: NVML's number of the error, 23 for insufficient resources.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class GeometryError(InputError):
     """The geometry cannot exist on this device; the message says which slices or maxima are in the way."""
 

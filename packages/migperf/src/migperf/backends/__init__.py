@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from migperf.profiles import Layout, Profile
 
@@ -18,12 +18,15 @@ class Instance:
         start: Where it begins on the memory axis (CPU: index of its first core; 0 for a whole GPU).
         uuid: What names it to a process: `MIG-...`, `GPU-...`, `cpu:0,1`.
         handle: What the backend needs to find it again (MIG: ids of GPU and compute instance).
+        compute: Slices of its compute instances where they are not one of `profile.slices`: nobody can work
+            in a GPU instance that has none, and one that has several is seen by its first.
     """
 
     profile: Profile
     start: int
     uuid: str
     handle: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    compute: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A device that can be cut into instances."""
 
@@ -64,6 +68,10 @@ class Backend(Protocol):
     """What opened it: `nvml:0`, `sim:a100-40gb`, `cpu`, `cuda:0`."""
     kind: Kind
     simulated: bool
+    identity: str
+    """What names the device itself, across restarts and other ways to open it: `GPU-...`."""
+    durable: bool
+    """Whether instances outlive the process that made them, and so have to be put back after a crash."""
     layout: Layout
     not_isolated: tuple[str, ...]
     """What instances still share, for the report."""
@@ -76,8 +84,13 @@ class Backend(Protocol):
         """Return the starts at which the profile would fit beside the instances that exist now."""
         ...
 
-    def create(self, profile: Profile, start: int | None = None) -> Instance:
-        """Make an instance, at the start or where the driver puts it."""
+    def create(
+        self, profile: Profile, start: int | None = None, compute: tuple[int, ...] | None = None
+    ) -> Instance:
+        """Make an instance, at the start or where the driver puts it.
+
+        `compute` are the slices of the compute instances in it, one of `profile.slices` unless given.
+        """
         ...
 
     def destroy(self, instance: Instance) -> None:
@@ -86,6 +99,18 @@ class Backend(Protocol):
 
     def instances(self) -> Sequence[Instance]:
         """Return the instances that exist now, by start."""
+        ...
+
+    def processes(self, instance: Instance | None = None) -> Sequence[int]:
+        """Return the ids of the processes that work in an instance, or anywhere on the device."""
+        ...
+
+    def enabled(self) -> bool:
+        """Return whether the device can be cut now; on a GPU, whether MIG mode is on."""
+        ...
+
+    def enable(self, on: bool) -> None:
+        """Turn the mode in which the device can be cut on or off; refused without the user's consent."""
         ...
 
     def launch(self, instance: Instance) -> Launch:

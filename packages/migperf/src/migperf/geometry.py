@@ -1,0 +1,319 @@
+"""Geometries: sets of instances on one device, whether they can exist together, and all that can."""
+
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import attrgetter
+from typing import Literal
+
+from migperf.errors import GeometryError
+from migperf.profiles import HasLayout, Layout, Profile, layout_of
+
+EMPTY = "empty"
+"""How a device without instances is written."""
+
+LIMIT = 200_000
+"""Placed geometries that `enumerate_geometries` lists at most; MIG has 2319, many CPUs far more."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A wanted or existing instance.
+
+    Attributes:
+        profile: Its size.
+        start: Where it begins on the memory axis; None: wherever it fits.
+        compute: Slices of its compute instances, where they are not one of `profile.slices`: a GPU instance
+            that somebody left without any, or cut further.
+    """
+
+    profile: Profile
+    start: int | None = None
+    compute: tuple[int, ...] | None = None
+    order: tuple[int, str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        start = 1 << 30 if self.start is None else self.start
+        object.__setattr__(self, "order", (-self.profile.slices, self.profile.name, start))
+
+    def __str__(self) -> str:
+        return self.profile.name if self.start is None else f"{self.profile.name}@{self.start}"
+
+    @property
+    def cells(self) -> range:
+        """The memory slices that it takes; it must be placed."""
+        if self.start is None:
+            raise GeometryError(f"{self} has no place yet")
+        return range(self.start, self.start + self.profile.size)
+
+    @property
+    def mask(self) -> int:
+        """The memory slices that it takes, as bits; it must be placed."""
+        return ((1 << self.profile.size) - 1) << self.cells.start
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Instances on one device, largest first; they need not be placed, and need not be valid.
+
+    Attributes:
+        layout: What the device can be cut into.
+        slots: The instances.
+
+    >>> from migperf.profiles import layout
+    >>> str(Geometry.parse("1g*2,3g@4", layout("a100-40gb")))
+    '3g.20gb@4,1g.5gb,1g.5gb'
+    """
+
+    layout: Layout = field(hash=False, repr=False)
+    slots: tuple[Slot, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", tuple(sorted(self.slots, key=attrgetter("order"))))
+
+    @classmethod
+    def parse(cls, text: str, device: Layout | HasLayout | str) -> "Geometry":
+        """Read `3g.20gb@4,2g.10gb@0,1g.5gb*2`: names, short names, starts after @, multipliers after *.
+
+        Args:
+            text: The instances; `empty` for none.
+            device: A layout, a backend, or the name of a model.
+
+        Raises:
+            GeometryError: The text cannot be read, or names a profile that the device does not have. Whether
+                the instances fit together is not asked here: see `valid`, `explain` and `require`.
+        """
+        known = layout_of(device)
+        if text.strip().lower() == EMPTY:
+            return cls(known)
+        slots: list[Slot] = []
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*([^@*×\s]+)\s*(?:@\s*(\d+))?\s*(?:[*×]\s*(\d+))?\s*", part)
+            if not match or match[3] == "0":
+                raise GeometryError(
+                    "expected instances like 3g.20gb@4,1g.5gb*2", field="geometry", value=text
+                )
+            slots += [Slot(known.profile(match[1]), int(match[2]) if match[2] else None)] * int(match[3] or 1)
+        return cls(known, tuple(slots))
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.slots)) or EMPTY
+
+    @property
+    def placed(self) -> bool:
+        """Whether every instance has its start."""
+        return all(slot.start is not None for slot in self.slots)
+
+    @property
+    def profiles(self) -> Counter[str]:
+        """How many instances of each profile there are, by name."""
+        return Counter(slot.profile.name for slot in self.slots)
+
+    def unplaced(self) -> "Geometry":
+        """Return the same instances without their starts."""
+        return Geometry(self.layout, tuple(Slot(slot.profile, None, slot.compute) for slot in self.slots))
+
+    def problems(self) -> tuple[str, ...]:
+        """Return what keeps the instances from existing together, a line each; () when nothing does."""
+        faults = (*_wrong_starts(self.slots), *_collisions(self.slots))
+        return (*_maxima(self.slots), *(faults or _unplaceable(self)))
+
+    @property
+    def valid(self) -> bool:
+        """Whether the instances can exist together, at their starts where those are given."""
+        return not self.problems()
+
+    def explain(self) -> str:
+        """Return one line: that the geometry is valid, or which slices collide or which maximum is passed."""
+        return "; ".join(self.problems()) or f"{self} is valid on {self.layout.device}"
+
+    def require(self) -> "Geometry":
+        """Return the geometry itself if it is valid.
+
+        Raises:
+            GeometryError: It is not; the message is `explain()`.
+        """
+        if self.problems():
+            raise GeometryError(f"{self} cannot exist on {self.layout.device}: {self.explain()}")
+        return self
+
+
+def _maxima(slots: Sequence[Slot]) -> Iterator[str]:
+    wanted = Counter(slot.profile.id for slot in slots)
+    for profile in {slot.profile.id: slot.profile for slot in slots}.values():
+        if wanted[profile.id] > profile.maximum:
+            at_most = f"at most {profile.maximum} can exist"
+            yield f"{wanted[profile.id]} of {profile.name} wanted, {at_most}"
+    media = [slot.profile.name for slot in slots if slot.profile.media]
+    if len(media) > 1 and len(set(media)) > 1:
+        yield f"{' and '.join(media)}: at most 1 instance can have the media engines (+me)"
+
+
+def _wrong_starts(slots: Sequence[Slot]) -> Iterator[str]:
+    for slot in slots:
+        if slot.start is not None and slot.start not in slot.profile.starts:
+            starts = ", ".join(map(str, slot.profile.starts))
+            yield f"{slot.profile.name} cannot start at {slot.start}: it starts at {starts}"
+
+
+def cells_text(cells: Iterable[int]) -> str:
+    """Return memory slices as a person would say them: `slice 3`, `slices 0-3`."""
+    run = sorted(cells)
+    return f"slice {run[0]}" if len(run) == 1 else f"slices {run[0]}-{run[-1]}"
+
+
+def _collisions(slots: Sequence[Slot]) -> Iterator[str]:
+    placed = [slot for slot in slots if slot.start is not None]
+    for index, first in enumerate(placed):
+        for second in placed[index + 1 :]:
+            common = set(first.cells) & set(second.cells)
+            if common:
+                takes = f"{first} takes {cells_text(first.cells)}, {second} takes {cells_text(second.cells)}"
+                yield f"{first} and {second} collide on memory {cells_text(common)} ({takes})"
+
+
+def _unplaceable(geometry: Geometry) -> Iterator[str]:
+    """Say which instance finds no start, and what takes its slices."""
+    from migperf.plans import arrange
+
+    if geometry.placed or arrange(geometry.slots) is not None:
+        return
+    axis = geometry.layout.axis
+    need = sum(slot.profile.size for slot in geometry.slots)
+    if need > axis:
+        like = Counter((slot.profile.name, slot.profile.size) for slot in geometry.slots)
+        sizes = " + ".join(f"{count}×{size} ({name})" for (name, size), count in like.items())
+        yield f"memory slices {sizes} = {need}, the device has {axis}"
+    ordered = sorted(geometry.slots, key=lambda slot: slot.start is None)
+    fits: Sequence[Slot] = ()
+    for count in range(1, len(ordered) + 1):
+        more = arrange(ordered[:count])
+        if more is None:
+            break
+        fits = more
+    left = ordered[len(fits)].profile
+    ways = {cell for start in left.starts for cell in Slot(left, start).cells}
+    takers = (f"{slot} takes {cells_text(slot.cells)}" for slot in fits if ways & set(slot.cells))
+    starts = ", ".join(map(str, left.starts))
+    yield f"no start of {left.name} ({starts}) is left: {', '.join(takers)}"
+
+
+def enumerate_geometries(
+    device: Layout | HasLayout | str,
+    profiles: Literal["base", "all"] | Sequence[str] = "base",
+    *,
+    maximal: bool = False,
+    multisets: bool = False,
+    legacy_driver: bool = False,
+) -> tuple[Geometry, ...]:
+    """Return every geometry that can exist on the device, the empty one included.
+
+    Args:
+        device: A layout, a backend, or the name of a model.
+        profiles: `base` (without media extensions, and of each number of compute slices the smallest
+            memory), `all`, or names.
+        maximal: Only those to which no further instance of these profiles can be added.
+        multisets: Without starts, each set of profiles once.
+        legacy_driver: Without what drivers before R510 refuse.
+
+    Raises:
+        GeometryError: A name is unknown, or there are more than `LIMIT` geometries.
+
+    >>> len(enumerate_geometries("a100-40gb")), len(enumerate_geometries("a100-40gb", maximal=True))
+    (298, 19)
+    """
+    known = layout_of(device)
+    found = _enumerate(known, _selection(known, profiles), maximal, legacy_driver)
+    return _multisets(found) if multisets else found
+
+
+def undominated(geometries: Iterable[Geometry]) -> tuple[Geometry, ...]:
+    """Return the geometries whose profiles are not contained in those of another, starts left aside."""
+    found = {tuple(sorted(g.profiles.items())): g.unplaced() for g in geometries}
+    return tuple(
+        g for g in found.values() if not any(g.profiles < other.profiles for other in found.values())
+    )
+
+
+def _selection(known: Layout, profiles: Literal["base", "all"] | Sequence[str]) -> tuple[Profile, ...]:
+    if profiles == "all":
+        return known.profiles
+    if profiles != "base":
+        if isinstance(profiles, str):
+            raise GeometryError('expected "base", "all" or a list of names', field="profiles", value=profiles)
+        return tuple(dict.fromkeys(known.profile(name) for name in profiles))
+    plain = [profile for profile in known.profiles if not re.search(r"[+-][a-z]", profile.name)]
+    return tuple(
+        profile
+        for profile in plain
+        if profile.size == min(other.size for other in plain if other.slices == profile.slices)
+    )
+
+
+@lru_cache(maxsize=32)
+def _enumerate(
+    known: Layout, profiles: tuple[Profile, ...], maximal: bool, legacy: bool
+) -> tuple[Geometry, ...]:
+    slots = sorted((Slot(p, s) for p in profiles for s in p.starts), key=lambda s: (s.cells.start, s.order))
+    states = _states(slots, known.refused_before_r510 if legacy else ())
+    if maximal:
+        states = _without_room(states, slots)
+    return tuple(Geometry(known, state) for state in states)
+
+
+def _states(slots: Sequence[Slot], refused: Sequence[tuple[int, int]]) -> list[tuple[Slot, ...]]:
+    """Return all sets of disjoint slots within the maxima, by depth-first search along the memory axis."""
+    count = len(slots)
+    # A slot can only be followed by one that begins where it ends or later.
+    starts = [slot.cells.start for slot in slots]
+    follow = [bisect_left(starts, slot.cells.stop) for slot in slots]
+    room = Counter({slot.profile.id: slot.profile.maximum for slot in slots})
+    media = 1
+    apart = {frozenset(pair) for pair in refused}
+    states: list[tuple[Slot, ...]] = []
+
+    def grow(state: tuple[Slot, ...], first: int) -> None:
+        nonlocal media
+        states.append(state)
+        if len(states) > LIMIT:
+            raise GeometryError(f"more than {LIMIT} geometries: name the profiles to enumerate")
+        for index in range(first, count):
+            slot = slots[index]
+            profile = slot.profile
+            if not room[profile.id] or (profile.media and not media):
+                continue
+            if apart and any({profile.id, other.profile.id} in apart for other in state):
+                continue
+            room[profile.id] -= 1
+            media -= profile.media
+            grow((*state, slot), follow[index])
+            room[profile.id] += 1
+            media += profile.media
+
+    grow((), 0)
+    return states
+
+
+def _without_room(states: Sequence[tuple[Slot, ...]], slots: Sequence[Slot]) -> list[tuple[Slot, ...]]:
+    """Return the states that are no other state less one slot (every subset of a state is a state)."""
+    bit = {id(slot): 1 << index for index, slot in enumerate(slots)}
+    extendable: set[int] = set()
+    keys: list[int] = []
+    for state in states:
+        bits = [bit[id(slot)] for slot in state]
+        key = sum(bits)
+        keys.append(key)
+        extendable.update(key ^ one for one in bits)
+    return [state for state, key in zip(states, keys, strict=True) if key not in extendable]
+
+
+def _multisets(geometries: Iterable[Geometry]) -> tuple[Geometry, ...]:
+    found: dict[tuple[str, ...], Geometry] = {}
+    for geometry in geometries:
+        names = tuple(slot.profile.name for slot in geometry.slots)
+        if names not in found:
+            found[names] = geometry.unplaced()
+    return tuple(found.values())
