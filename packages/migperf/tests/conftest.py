@@ -8,3 +8,4 @@ from shared_core import testing
 
 testing.check_annotations("migperf", int_for_float=True)
 testing.hypothesis_profile()
+pytest_configure = testing.ignore_torchao_docstrings

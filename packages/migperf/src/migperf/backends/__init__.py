@@ -50,6 +50,7 @@ class Launch:
     expected_sms: int | None = None
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """A source of measurements beside the workers."""
 
