@@ -86,7 +86,7 @@ def fit(points: Sequence[Point], t0: float | None = None) -> Law | Refusal:
         return Refusal("the largest instance is not saturated: a part of the time would have to be negative")
     found, _ = nnls(design / seconds[:, None], target / seconds)
     found = [*found[: len(columns)], *([0.0] if alike else []), *found[len(columns) :]]
-    law = Law(found[2] if free_t0 else t0 or 0.0, found[0], found[1])
+    law = Law(float(found[2]) if free_t0 else t0 or 0.0, float(found[0]), float(found[1]))
     error = max(abs(law.seconds(p.sm, p.memory) / p.seconds - 1) for p in points)
     if error > _WORST_FIT:
         return Refusal(
@@ -184,7 +184,7 @@ def _predict(empty: Cell, profile: Profile, measured: Mapping[Profile, Cell], t0
         )
     slower = [point.seconds for point in points if point.sm <= sm and point.memory <= size]
     faster = [point.seconds for point in points if point.sm >= sm and point.memory >= size]
-    seconds = max(min([found.seconds(sm, size), *slower]), max(faster, default=0.0))
+    seconds = max(min([found.seconds(sm, size), *slower]), max(faster, default=0.0))  # no law beats these
     width = max(LAW_ERROR, found.error)
     rate, time = empty.batch / seconds, 1000 * seconds
     return replace(
