@@ -15,7 +15,7 @@ from migperf.profiles import HasLayout, Layout, Profile, layout_of
 EMPTY = "empty"
 """How a device without instances is written."""
 
-LIMIT = 200_000
+LIMIT = 50_000
 """Placed geometries that `enumerate_geometries` lists at most; MIG has 2319, many CPUs far more."""
 
 

@@ -33,7 +33,7 @@ _ADVICE = {
     18: "driver and its library are of different versions: reboot after the driver's update, or reload it",
     IN_USE: "it is in use by another client: end it first (monitoring such as DCGM counts)",
     INSUFFICIENT_RESOURCES: "Insufficient Resources: no room beside the instances that exist",
-    VERSION_MISMATCH: "bindings and driver differ on a structure: update the driver, or pin an older nvidia-ml-py",
+    VERSION_MISMATCH: "bindings and driver differ: update the driver, or pin an older nvidia-ml-py",
 }
 
 

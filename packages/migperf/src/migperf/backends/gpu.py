@@ -83,7 +83,7 @@ class MpsControl:
         except DeviceError:
             return ()
         listed = (int(word) for word in answer.split() if word.isdigit())
-        return tuple(process for process in listed if Path(f"/proc/{process}").exists())
+        return tuple(process for process in listed if _lives(process))
 
     def stop(self) -> None:
         """Stop the daemon and its servers."""
@@ -113,6 +113,14 @@ class MpsControl:
         if ended.returncode:
             raise DeviceError(f"{CONTROL} failed: {said.strip() or f'exit code {ended.returncode}'}")
         return said
+
+
+def _lives(process: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 class GpuBackend:
