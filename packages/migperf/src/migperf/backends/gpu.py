@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,8 +86,9 @@ class MpsControl:
         return tuple(process for process in listed if _lives(process))
 
     def stop(self) -> None:
-        """Stop the daemon and its servers."""
-        self._ask("quit")
+        """Stop the daemon and its servers; a daemon that is gone already is none to stop."""
+        with suppress(DeviceError):
+            self._ask("quit")
 
     def _ask(self, command: str) -> str:
         return self._run(text=f"{command}\n")
@@ -273,8 +274,10 @@ class GpuBackend:
         return tuple(Instance(whole, 0, self.identity, handle) for _ in range(processes))
 
     def samplers(self, instance: Instance | None = None) -> Sequence[Sampler]:
-        """Return the sources of measurements of the board."""
-        return ()
+        """Return the sources of measurements of the board; nothing is known of a process's share alone."""
+        from migperf.samplers import of_device
+
+        return of_device(self) if instance is None else ()
 
     def facts(self) -> Mapping[str, Any]:
         """Return name, UUID, driver and memory of the GPU."""
@@ -299,4 +302,5 @@ def open_gpu(spec: str) -> GpuBackend:
     """
     from migperf.backends.nvml import bindings, index_of
 
-    return GpuBackend(bindings(), index_of(spec), spec=spec)
+    index = index_of(spec)
+    return GpuBackend(bindings(), index, spec=spec)

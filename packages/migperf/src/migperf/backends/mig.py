@@ -349,7 +349,14 @@ class MigBackend:
         )
 
     def samplers(self, instance: Instance | None = None) -> Sequence[Sampler]:
-        """Return the sources of measurements: board-wide counters, and GPM of an instance."""
+        """Return the sources of measurements: the whole board's, or GPM of an instance (Hopper and later)."""
+        from migperf.samplers import of_device
+        from migperf.samplers.gpm import GpmSampler
+
+        if instance is None:
+            return of_device(self)
+        if GpmSampler.supported(self.api, self.device):
+            return (GpmSampler(self.api, self.device, instance.handle["gi"]),)
         return ()
 
     def facts(self) -> Mapping[str, Any]:

@@ -45,4 +45,5 @@ def open_nvml(spec: str, *, allow_mode_change: bool = False) -> MigBackend:
     Raises:
         DeviceError: No driver, no such GPU, or a GPU without MIG.
     """
-    return MigBackend(bindings(), index_of(spec), spec=spec, kind="nvml", allow_mode_change=allow_mode_change)
+    index = index_of(spec)
+    return MigBackend(bindings(), index, spec=spec, kind="nvml", allow_mode_change=allow_mode_change)

@@ -226,7 +226,7 @@ class SimulatedNvml(SimulatedLibrary):
             raise NVMLError(types.NVML_ERROR_FUNCTION_NOT_FOUND)
         return self._create(profileId, _target(placement))
 
-    def _create(self, profile_id: int, place: types.c_nvmlGpuInstancePlacement_t | None) -> Any:
+    def _create(self, profile_id: int, place: Any) -> Any:
         self._require_permission()
         self._require_mode()
         profile = self._known(profile_id)
