@@ -185,6 +185,16 @@ def test_instance_in_use_stays_and_its_users_are_named() -> None:
     assert [instance.start for instance in gpu.instances()] == [4]
 
 
+def test_driver_that_cannot_list_processes_still_refuses() -> None:
+    gpu = backend()
+    three = gpu.create(gpu.layout.profile("3g"), 4)
+    gpu.api.attach(4711, three.uuid)
+    gpu.api.fail("nvmlDeviceGetComputeRunningProcesses", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+    with pytest.raises(DriverError, match="in use by another client"):
+        gpu.destroy(three)
+    assert gpu.instances() == (three,)
+
+
 def test_handle_of_an_instance_that_somebody_replaced_destroys_nothing() -> None:
     gpu = backend()
     old = gpu.create(gpu.layout.profile("1g"), 0)

@@ -275,6 +275,15 @@ def test_folder_that_cannot_be_written_is_said_before_any_change(
     assert gpu.instances() == ()
 
 
+def test_gpu_that_ends_with_its_process_needs_no_journal() -> None:
+    first, second = open_device("sim:a100-40gb"), open_device("sim:a100-40gb")
+    wanted = Geometry.parse("3g,3g", first)
+    with journal.partitioned(first, wanted), journal.partitioned(second, wanted):  # two GPUs, not one
+        assert len(first.instances()) == 2
+    assert first.instances() == ()
+    assert not journal.folder().exists()
+
+
 def test_cores_of_a_cpu_need_no_journal() -> None:
     cpu = open_device("cpu")
     with journal.partitioned(cpu, Geometry.parse("1c", cpu)) as instances:

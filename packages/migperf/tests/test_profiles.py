@@ -1,3 +1,5 @@
+import doctest
+import importlib
 import subprocess
 import sys
 
@@ -127,6 +129,13 @@ def test_recorded_preferences_are_found_by_id_and_starts() -> None:
     assert recorded(14, (0, 2, 4)) == (4, 0, 2)
     assert recorded(9, (0, 4)) == (4, 0)
     assert recorded(14, (0, 1, 2, 3)) == ()  # the id of A30's smallest profile means another size
+
+
+@pytest.mark.parametrize("name", ["profiles", "geometry", "plans", "backends.cpu"])
+def test_examples_in_the_documentation(name: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(f"migperf.{name}"))
+    assert outcome.attempted
+    assert not outcome.failed
 
 
 def test_planning_loads_neither_numpy_nor_torch_nor_nvml() -> None:

@@ -11,6 +11,7 @@ import migperf
 from migperf.backends import nvml_types
 from migperf.backends.nvml_types import NVMLError
 from migperf.backends.simulated import SimulatedNvml
+from migperf.errors import DeviceError
 from migperf.profiles import devices, layout
 
 pynvml = pytest.importorskip("pynvml")
@@ -324,6 +325,18 @@ def test_gpu_in_a_file_outlives_its_driver(tmp_path: Path) -> None:
 def test_device_says_that_it_is_simulated(device: str) -> None:
     api, handle = started(device)
     assert api.nvmlDeviceGetName(handle) == f"{device} (simulated)"
+
+
+def test_file_that_holds_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    file.write_text("notes")
+    with pytest.raises(DeviceError, match="does not hold a simulated GPU: name a new file"):
+        started(state=file)
+    assert file.read_text() == "notes"
+    file.unlink()
+    started(state=file)
+    with pytest.raises(DeviceError, match="holds a simulated A100-40GB, not A30-24GB"):
+        started("a30", state=file)
 
 
 # The only allocator.

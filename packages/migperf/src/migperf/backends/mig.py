@@ -32,12 +32,12 @@ class MigBackend:
         spec: What opened it.
         kind: `nvml` or `simulated`; it labels records and changes nothing here.
         allow_mode_change: Whether MIG mode may be turned on and off.
+        durable: Whether instances outlive this process, as they do on any GPU that is more than a table.
 
     Raises:
         DeviceError: No driver, no such GPU, or a GPU without MIG.
     """
 
-    durable: bool = True
     not_isolated: tuple[str, ...] = ("power and clocks", "PCIe and host memory", "NVLink")
 
     def __init__(
@@ -48,8 +48,10 @@ class MigBackend:
         spec: str,
         kind: Literal["nvml", "simulated"],
         allow_mode_change: bool = False,
+        durable: bool = True,
     ) -> None:
         self.api = api
+        self.durable = durable
         self.spec = spec
         self.kind: Kind = kind
         self.simulated = kind == "simulated"
@@ -322,12 +324,16 @@ class MigBackend:
 
     def processes(self, instance: Instance | None = None) -> Sequence[int]:
         """Return the ids of the processes in an instance, or on the GPU."""
-        function = "nvmlDeviceGetComputeRunningProcesses"
         devices = [self.device]
         if instance is not None:
             gi = instance.handle["gi"]
             devices = [device for (its_gi, _), device in self._mig_devices().items() if its_gi == gi]
-        found = (self._call("list processes", function, device) for device in devices)
+        try:
+            found = [self.api.nvmlDeviceGetComputeRunningProcesses(device) for device in devices]
+        except self.api.NVMLError as error:
+            if error.value in (FUNCTION_NOT_FOUND, NOT_SUPPORTED):
+                return ()  # a driver that cannot tell still refuses to destroy what is in use
+            raise driver_error(error.value, "list processes") from error
         return tuple(sorted({process.pid for processes in found for process in processes}))
 
     # Work in instances.

@@ -34,7 +34,9 @@ def open(spec: str, *, allow_mode_change: bool = False) -> Backend:
 
         model, _, file = rest.partition("@")
         api = SimulatedNvml(layout(model), state=Path(file) if file else None)
-        return MigBackend(api, spec=spec, kind="simulated", allow_mode_change=allow_mode_change)
+        return MigBackend(
+            api, spec=spec, kind="simulated", allow_mode_change=allow_mode_change, durable=bool(file)
+        )
     if spec == "cpu":
         from migperf.backends.cpu import CpuBackend
 

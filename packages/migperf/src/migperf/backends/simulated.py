@@ -58,7 +58,7 @@ class SimulatedNvml(SimulatedLibrary):
         resets: bool = True,
         permitted: bool = True,
     ) -> None:
-        super().__init__(Gpu(int(mig), int(mig)), state)
+        super().__init__(Gpu(layout.device, int(mig), int(mig)), state)
         self.layout = layout
         self.driver = driver
         self.resets = resets

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from migperf.backends.nvml_types import NVML_ERROR_UNINITIALIZED, NVMLError
+from migperf.errors import DeviceError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -31,6 +32,7 @@ class Compute:
 class Gpu:
     """What a driver remembers of its GPU."""
 
+    model: str
     current: int
     pending: int
     instances: dict[int, "GpuInstance"] = field(default_factory=dict)
@@ -151,7 +153,7 @@ class _Store:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             before = os.pread(descriptor, 1 << 20, 0)
             if before:
-                driver.gpu = _loaded(json.loads(before))
+                driver.gpu = self._loaded(before, driver.gpu.model)
             try:
                 yield
             finally:
@@ -163,11 +165,17 @@ class _Store:
         finally:
             os.close(descriptor)
 
-
-def _loaded(state: dict[str, Any]) -> Gpu:
-    instances = {
-        int(gi): GpuInstance(**{**one, "computes": [Compute(**part) for part in one["computes"]]})
-        for gi, one in state["instances"].items()
-    }
-    clients = {int(process): device for process, device in state["clients"].items()}
-    return Gpu(state["current"], state["pending"], instances, clients)
+    def _loaded(self, text: bytes, model: str) -> Gpu:
+        try:
+            state = json.loads(text)
+            instances = {
+                int(gi): GpuInstance(**{**one, "computes": [Compute(**part) for part in one["computes"]]})
+                for gi, one in state["instances"].items()
+            }
+            clients = {int(process): device for process, device in state["clients"].items()}
+            gpu = Gpu(state["model"], state["current"], state["pending"], instances, clients)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DeviceError(f"{self.path} does not hold a simulated GPU: name a new file") from error
+        if gpu.model != model:
+            raise DeviceError(f"{self.path} holds a simulated {gpu.model}, not {model}: name another file")
+        return gpu
