@@ -1,6 +1,7 @@
 import os
 import signal
 import stat
+import subprocess
 import time
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def test_server_that_dies_during_the_run_is_noticed(log: Path) -> None:
                 break
             time.sleep(0.01)
         assert sharing.mode == "timeslice"
+
+
+def test_server_that_nobody_has_buried_does_not_count(log: Path) -> None:
+    device = gpu()
+    with device.share("mps", 2) as sharing:
+        pipe = Path(device.launch(sharing.instances[0]).environment["CUDA_MPS_PIPE_DIRECTORY"])
+        os.kill(int((pipe / "server").read_text()), signal.SIGKILL)
+        with subprocess.Popen(["true"]) as dead:
+            os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # it has ended and stays a zombie
+            (pipe / "server").write_text(f"{dead.pid}\n")
+            assert Path(f"/proc/{dead.pid}").exists()
+            assert sharing.mode == "timeslice"
 
 
 def test_daemon_is_stopped_also_when_the_block_fails(log: Path) -> None:
