@@ -52,7 +52,7 @@ def data(tmp_path):
 def test_help_and_wrong_arguments_answer_without_torch(tmp_path: Path):
     code = """
 import sys
-from shared_core import testing
+from shared_core import command
 from relattn import cli
 for arguments in (
     ["--help"], ["summarize", "--help"], ["eval", "--help"], ["prove", "--help"],

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from relattn import experiments, topic_scores
 from relattn import papers as papers_module
-from relattn import topic_scores
-from relattn.experiments import ARMS, HARD_ARMS, QUICK, _documents, _oracle, run_seed
+from relattn.experiment_plan import ARMS, HARD_ARMS, QUICK
+from relattn.experiments import _documents, _oracle, run_seed
 from relattn.papers import LEAD_WORDS, UNKNOWN, TopicDocument, control_words, load_papers, topic_documents
 from relattn.seed_workers import run_seeds
 from relattn.small_summarizer import TrainingPlan, _Batches, train_summarizer, word_tokenizer
@@ -169,6 +170,20 @@ def test_settings_come_from_validation_documents(quick):
     assert result.chosen["relattn"] in result.curve
     assert set(result.curve) == {(t, w) for t in QUICK.temperatures for w in QUICK.weights}
     assert result.chosen["relattn-paper"] in QUICK.weights
+
+
+def test_settings_do_not_depend_on_test_documents(quick, monkeypatch):
+    """Other test documents, the same settings: of the claims, of the rivals, and for the hard words."""
+
+    def other_test_documents(papers, part, count, seed, hard=False, name="documents"):
+        return _documents(papers, part, count, seed, hard, "shots" if part == "test" else name)
+
+    monkeypatch.setattr(experiments, "_documents", other_test_documents)
+    again = run_seed(0, QUICK)
+    assert again.documents != quick[0].documents
+    assert again.chosen == quick[0].chosen
+    assert again.curve == quick[0].curve
+    assert set(again.chosen) > {"relattn", "pplm", "boost", "oracle", "relattn-hard", "boost-hard"}
 
 
 def test_workers_give_what_one_process_gives(quick):

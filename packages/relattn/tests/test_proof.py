@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from relattn import proof as relattn_proof
-from relattn.experiments import ARMS, SeedResult
+from relattn.experiment_plan import ARMS, SeedResult
 from relattn.topic_scores import Score
 from shared_core.proof import ProofRun
 

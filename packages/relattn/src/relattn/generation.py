@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from relattn.encoding import EncodedBatch
+from relattn.encoding import SteerableBatch
 from relattn.families import CrossAttention
 from relattn.steering import steered
 from shared_core import InputError
@@ -137,20 +138,49 @@ def rows_that_fit(
     return max(1, budget // (beams * (cache + logits)))
 
 
-def decode_rows(
-    model: PreTrainedModel,
-    layers: Sequence[CrossAttention],
-    encoded: EncodedBatch,
-    contexts: Sequence[Float[Tensor, "batch inner"]],
-    index: Int[Tensor, " rows"],
-    weight: Float[Tensor, "rows layers heads"],
-    settings: Mapping[str, Any],
-    seed: int | None,
-) -> Int[Tensor, "rows target"]:
-    """Generate one summary a row: document `index[row]`, steered by `weight[row]`."""
-    rows = [context[index] for context in contexts]
-    with _seeded(model, seed), evaluating(model), steered(layers, rows, weight):
-        return model.generate(**encoded.rows(index), **settings)  # pyright: ignore[reportCallIssue]
+@dataclass(frozen=True)
+class RowDecoder:
+    """Decodes (document, weight) rows of a batch, in chunks that fit into memory.
+
+    Attributes:
+        model: The summarizer.
+        layers: Its cross-attentions.
+        tokenizer: Of the summaries.
+        batch: The documents behind the encoder.
+        members: Their numbers in the call.
+        settings: Arguments of `generate`.
+        max_rows: Rows decoded together.
+        seed: Of sampling; None for the global random state.
+    """
+
+    model: PreTrainedModel
+    layers: Sequence[CrossAttention]
+    tokenizer: Any
+    batch: SteerableBatch
+    members: Sequence[int]
+    settings: Mapping[str, Any]
+    max_rows: int
+    seed: int | None
+
+    def __call__(self, index: Int[Tensor, " rows"], weight: Float[Tensor, "rows layers heads"]) -> list[str]:
+        """One summary a row: of document `index[row]` of the batch, steered by `weight[row]`."""
+        lines: list[str] = []
+        for number, start in enumerate(range(0, len(index), self.max_rows)):
+            chunk = slice(start, start + self.max_rows)
+            ids = self._decode(index[chunk], weight[chunk], None if self.seed is None else self.seed + number)
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            lines += [text.strip() for text in texts]
+        return lines
+
+    def _decode(
+        self, index: Int[Tensor, " rows"], weight: Float[Tensor, "rows layers heads"], seed: int | None
+    ) -> Int[Tensor, "rows target"]:
+        settings = settings_for(self.settings, [self.members[row] for row in index.tolist()])
+        index = index.to(self.batch.a_rel.device)
+        contexts = [context[index] for context in self.batch.contexts]
+        steering = steered(self.layers, contexts, weight.to(self.batch.a_rel))
+        with _seeded(self.model, seed), evaluating(self.model), steering:
+            return self.model.generate(**self.batch.encoded.rows(index), **settings)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager

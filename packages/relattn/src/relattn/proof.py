@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from relattn import proof_pictures
-from relattn.experiments import QUICK, Plan, SeedResult
+from relattn.experiment_plan import QUICK, Plan, SeedResult
 from relattn.metrics import Interval, bootstrap_interval
 from relattn.seed_workers import run_seeds
 from relattn.topic_scores import Score, mean

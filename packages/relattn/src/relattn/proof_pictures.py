@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from relattn.experiments import ARMS, SeedResult
+from relattn.experiment_plan import ARMS, SeedResult
 from shared_core import plot, proof
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from relattn.experiments import OnEvent, Plan, SeedResult, Trained, measure_seed, run_seed, train_seed
+from relattn.experiment_plan import Plan, SeedResult
+from relattn.experiments import OnEvent, Trained, measure_seed, run_seed, train_seed
 
 _events: Any = None  # a worker's way to its parent
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +12,7 @@ from transformers import PreTrainedModel
 from relattn.controls import Control, EncodedControl
 from relattn.encoding import SteerableBatch, prepare
 from relattn.families import cross_attentions, source_limit
-from relattn.generation import (
-    decode_rows,
-    evaluating,
-    generation_settings,
-    rows_that_fit,
-    setting,
-    settings_for,
-)
+from relattn.generation import RowDecoder, evaluating, generation_settings, rows_that_fit, setting
 from relattn.relevance import EmbeddingRelevance, Relevance, effective_support
 from relattn.results import Candidate, ControlledSummary, RelevanceResult
 from relattn.selection import GRID, Similarity, consensus, coverage_select, loaded
@@ -216,7 +208,10 @@ class Steerer:
                     batch = self._prepare([texts[n] for n in members], [asked[n] for n in members])
                 fit = rows_that_fit(self.model, settings, len(self.layers), batch.encoded.mask.shape[1])
                 start = None if seed is None else seed + 1_000_003 * number
-                decode = _Decoding(self, batch, members, settings, min(max_rows or fit, fit), start)
+                decode = RowDecoder(
+                    self.model, self.layers, self.target_tokenizer, batch, members, settings,
+                    min(max_rows or fit, fit), start,
+                )  # fmt: skip
                 results = [self._result(batch, row, texts[n], asked[n]) for row, n in enumerate(members)]
                 if online:
                     summaries = self._online(batch, results, texts, members, decode, grid, similarity, select)
@@ -362,37 +357,6 @@ class Steerer:
         full = full.expand(shape)
         check_weight(full.detach())
         return full
-
-
-@dataclass(frozen=True)
-class _Decoding:
-    """Decodes (document, weight) rows in chunks that fit into memory."""
-
-    steerer: Steerer
-    batch: SteerableBatch
-    members: Sequence[int]
-    settings: dict[str, Any]
-    max_rows: int
-    seed: int | None
-
-    def __call__(self, index: Int[Tensor, " rows"], weight: Float[Tensor, "rows layers heads"]) -> list[str]:
-        device = self.batch.a_rel.device
-        lines: list[str] = []
-        for number, start in enumerate(range(0, len(index), self.max_rows)):
-            chunk = slice(start, start + self.max_rows)
-            ids = decode_rows(
-                self.steerer.model,
-                self.steerer.layers,
-                self.batch.encoded,
-                self.batch.contexts,
-                index[chunk].to(device),
-                weight[chunk].to(self.batch.a_rel),
-                settings_for(self.settings, [self.members[row] for row in index[chunk].tolist()]),
-                None if self.seed is None else self.seed + number,
-            )
-            texts = self.steerer.target_tokenizer.batch_decode(ids, skip_special_tokens=True)
-            lines += [text.strip() for text in texts]
-        return lines
 
 
 def _batches(texts: Sequence[SourceDocument], batch_size: int) -> Iterator[list[int]]:
