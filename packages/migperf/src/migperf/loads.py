@@ -165,6 +165,8 @@ class Gamma(Open):
 
 
 Load = Closed | Open
+CLOSED = Closed()
+"""One request after another in one thread."""
 _KINDS: dict[str, type[Load]] = {kind.kind: kind for kind in (Closed, Constant, Poisson, Gamma)}
 
 
