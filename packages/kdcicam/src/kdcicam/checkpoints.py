@@ -1,0 +1,226 @@
+"""Models and training states on disk: safetensors, written whole or not at all, never unpickled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcicam.model import CICAM
+from shared_core import InputError
+from shared_core.files import atomic_path, write_json
+
+MODEL, CONFIG = "model.safetensors", "config.json"
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's state after `step` steps; from it training goes on to the same last bit."""
+
+    step: int
+    fingerprint: dict[str, Any]
+    """What the run is: the checkpoint of another one is refused."""
+    history: list[dict[str, Any]]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    scaler: dict[str, float]
+    """Of mixed precision in float16; empty else."""
+
+
+def save_model(model: CICAM, folder: Path, notes: dict[str, Any] | None = None) -> None:
+    """Write a model as a folder: ``model.safetensors`` (with the pool) and ``config.json``.
+
+    Args:
+        model: To write.
+        folder: Made where it is missing.
+        notes: More for config.json, under ``notes``.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    with atomic_path(folder / MODEL) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
+    options = {key: value for key, value in model.spec["backbone_options"].items() if key != "pretrained"}
+    spec = {**model.spec, "backbone_options": options}
+    write_json(folder / CONFIG, {"kdcicam": FORMAT, **spec, "notes": notes or {}})
+
+
+def load_model(path: Path, backbone: nn.Module | None = None, pool: Path | None = None) -> CICAM:
+    """Read a model from a folder of `save_model`.
+
+    Args:
+        path: The folder, or the weights in it (.safetensors, or .pt read with weights_only) beside
+        config.json. backbone: Where the model was made with a module of one's own.
+        pool: A file with the pool alone, for weights without one: the authors keep it beside them.
+
+    Raises:
+        InputError: A file is missing or damaged, or lacks the pool.
+    """
+    folder = path if path.is_dir() else path.parent
+    config = read_config(folder)
+    spec = {key: value for key, value in config.items() if key not in ("kdcicam", "notes")}
+    named = spec.pop("backbone")
+    if named is None and backbone is None:
+        raise InputError("was made with a module of its own: give backbone", file=folder)
+    options = spec.pop("backbone_options")
+    try:
+        model = CICAM(
+            named if backbone is None else backbone, **spec, **(options if backbone is None else {})
+        )
+    except TypeError as error:
+        raise InputError(f"does not describe a model: {error}", file=folder / CONFIG) from error
+    file = folder / MODEL if path.is_dir() else path
+    state = read_tensors(file)
+    if pool is not None:
+        state = {**state, "pool": read_pool(pool)}
+    if "pool" not in state:
+        beside = sorted(entry.name for entry in folder.glob("mask_train_*"))
+        found = f" ({beside[0]} beside it looks like the pool of the authors' code)" if beside else ""
+        raise InputError(
+            f"has no context pool{found}: give it with --pool FILE (pool=), a .safetensors or a tensor of torch.save",
+            file=file,
+        )
+    if state["pool"].shape != model.pool.shape:
+        raise InputError(
+            f"expected the pool {tuple(model.pool.shape)}",
+            file=file,
+            field="pool",
+            value=tuple(state["pool"].shape),
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"does not fit {CONFIG}: {error}", file=file) from error
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        InputError: There is none, or it is not ours.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise InputError(f"there is no {CONFIG}: expected a folder with a kdcicam model", file=folder)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config["kdcicam"] != FORMAT or not isinstance(config["backbone_options"], dict):
+            raise KeyError("kdcicam")
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"is no kdcicam model's: {error!r}", file=file) from error
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read named tensors from .safetensors, or else from a file of torch.save, without unpickling code.
+
+    Raises:
+        InputError: It is missing, damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise InputError("there is no such file", file=path)
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"is not a whole safetensors file: {error}", file=path) from error
+    found = _weights_only(path)
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise InputError("expected named tensors", file=path)
+    return found
+
+
+def read_pool(path: Path) -> Tensor:
+    """Read a pool [K, h, w] (or [1, K, h, w]) from a file of its own.
+
+    Raises:
+        InputError: It cannot be read without unpickling code, or holds no such tensor.
+    """
+    if not path.is_file():
+        raise InputError("there is no such file", file=path)
+    found: Any = read_tensors(path) if path.suffix == ".safetensors" else _weights_only(path)
+    if isinstance(found, dict):
+        found = next(iter(found.values())) if len(found) == 1 else found.get("pool")
+    if not isinstance(found, Tensor) or found.squeeze(0).ndim != 3:
+        raise InputError("expected one tensor of classes, height, width", file=path)
+    return found.float().squeeze(0)
+
+
+def _weights_only(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign file makes the reader stumble over
+        raise InputError(
+            "cannot be read without running code from it, which is refused; where you trust it, load it yourself "
+            "and write it again with torch.save(tensor, file)",
+            file=path,
+        ) from error
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write atomically: a reader sees this checkpoint or the one before."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{part}/{name}": value.detach().cpu().contiguous().clone()
+        for part in ("model", "optimizer", "random")
+        for name, value in getattr(checkpoint, part).items()
+    }
+    plain = {key: getattr(checkpoint, key) for key in ("step", "fingerprint", "history", "scaler")}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"kdcicam-checkpoint": FORMAT, "state": json.dumps(plain)})
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read what `write_checkpoint` wrote.
+
+    Raises:
+        InputError: There is no such file, or it is not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError("there is no such checkpoint", file=path)
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118 safe_open is no mapping
+                part, _, name = key.partition("/")
+                parts[part][name] = file.get_tensor(key)
+        if metadata.get("kdcicam-checkpoint") != FORMAT:
+            raise InputError(f"expected a kdcicam checkpoint of format {FORMAT}", file=path)
+        state = json.loads(metadata["state"])
+        return Checkpoint(**state, **parts)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"is no whole kdcicam checkpoint: {error}", file=path) from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as tensors: ``"3.exp_avg"`` is that of its parameter 3."""
+    return {
+        f"{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put `optimizer_tensors` back into an optimizer of the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

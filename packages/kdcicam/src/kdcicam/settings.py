@@ -1,0 +1,258 @@
+"""The options of a training run in plain values, and the paper's recipes. No torch here: help reads it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from shared_core import InputError
+
+Role = Literal["cls", "loc", "ci-cam", "nl-ccam", "cam", "student"]
+ROLES = get_args(Role)
+TEACHER_ROLES = ROLES[:-1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is. Names are those of `--set NAME=VALUE`."""
+
+    role: Role
+    """``cls`` and ``loc``: the teachers; ``ci-cam``: no auxiliary loss; ``nl-ccam``: no context either;
+    ``cam``: no non-local blocks either; ``student``."""
+    backbone: str = "vgg16"
+    data: str = ""
+    images: str | None = None
+    """wsolevaluation: folder of the images."""
+    weights: str | None = None
+    """Safetensors or .pth with the backbone's ImageNet weights."""
+    pretrained: bool = False
+    """timm backbones: fetch published weights."""
+    image_size: int = 224
+    combine: str = "quadratic"
+    last: int = 20
+    update_rate: float = 0.01
+    cls_teacher: str | None = None
+    loc_teacher: str | None = None
+    augmentation: str = "crop:0.2,1+flip"
+    """Of teachers, and of a student's images of flag 0."""
+    augmentation_cls: str = "crop:0.2,1+flip"
+    """Of a student's images of flag 1."""
+    augmentation_loc: str = "crop:0.1,1+flip"
+    """Of a student's images of flag 2."""
+    flags: tuple[int, ...] = (0, 1, 2)
+    """From which each image draws: 0 label only, 1 classification teacher, 2 localization teacher."""
+    auxiliary: str = "none"
+    eta: float = 1.0
+    area: float = 0.0
+    area_mode: int = 2
+    threshold: float = 0.0
+    """Of the auxiliary foreground, as a share of the map's maximum."""
+    alpha: float = 0.8
+    beta: float = 1.0
+    temperature_cls: float = 15.0
+    temperature_loc: float = 15.0
+    kl: str = "standard"
+    t_squared: bool = False
+    epochs: int = 100
+    batch_size: int = 6
+    lr: float = 5e-4
+    lr_ratio: float = 0.1
+    """Learning rate of backbone and context convolution, as a share of the classifier's."""
+    poly: float = 0.9
+    """Power of (1 - epoch/epochs); 0 for none."""
+    decay: float = 0.5
+    decay_every: int = 40
+    drop_epoch: int | None = None
+    """From this epoch on the learning rate is a tenth."""
+    validation: float = 0.1
+    mixed_precision: str = "no"
+    workers: int = 0
+    on_error: str = "raise"
+    checkpoint_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = {
+            "role": ROLES,
+            "auxiliary": ("none", "fore", "diff_aux"),
+            "kl": ("standard", "released"),
+            "mixed_precision": ("no", "fp16", "bf16"),
+            "on_error": ("raise", "skip"),
+            "combine": ("quadratic", "sum_1", "linear", "mean", "cam"),
+            "area_mode": (1, 2),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise InputError(
+                    f"expected one of {', '.join(map(str, values))}", field=name, value=getattr(self, name)
+                )
+        for name in ("epochs", "batch_size", "decay_every", "checkpoint_every", "image_size", "last"):
+            if getattr(self, name) < 1:
+                raise InputError("expected at least 1", field=name, value=getattr(self, name))
+        for name in ("lr", "lr_ratio", "update_rate", "temperature_cls", "temperature_loc"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError("expected a number above 0", field=name, value=getattr(self, name))
+        if not 0 <= self.alpha <= 1:
+            raise InputError("expected 0 to 1", field="alpha", value=self.alpha)
+        if not self.flags or not set(self.flags) <= {0, 1, 2}:
+            raise InputError("expected some of 0, 1, 2", field="flags", value=self.flags)
+
+    def learning_rate(self, epoch: int) -> float:
+        """The classifier's learning rate in an epoch, counted from 0 (section 3.8)."""
+        rate = self.lr * self.decay ** (epoch // self.decay_every)
+        if self.poly:
+            rate *= (1 - epoch / self.epochs) ** self.poly
+        return 0.1 * rate if self.drop_epoch is not None and epoch >= self.drop_epoch else rate
+
+
+_VGG = {"backbone": "vgg16", "lr": 5e-4, "lr_ratio": 0.1, "batch_size": 6, "epochs": 100}
+_TEACHER = {**_VGG, "decay_every": 14}
+_INCEPTION = {
+    "backbone": "inception_v3",
+    "image_size": 299,
+    "lr": 1e-4,
+    "lr_ratio": 0.6,
+    "batch_size": 6,
+    "decay_every": 50,
+    "drop_epoch": 85,
+}
+_IMAGENET = {
+    "backbone": "vgg16-imagenet",
+    "combine": "sum_1",
+    "update_rate": 0.001,
+    "lr": 8e-5,
+    "lr_ratio": 1.0,
+    "batch_size": 78,
+    "epochs": 20,
+    "poly": 0.0,
+    "decay": 0.1,
+    "decay_every": 10,
+}
+_JITTERED = "crop:0.2,1+flip+jitter:0.4+lighting"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cub-vgg16-ci-cam": {"role": "ci-cam", **_TEACHER},
+    "cub-vgg16-nl-ccam": {"role": "nl-ccam", **_TEACHER},
+    "cub-vgg16-cls": {
+        "role": "cls",
+        **_TEACHER,
+        "augmentation": _JITTERED,
+        "auxiliary": "fore",
+        "eta": 1.0,
+        "area": 0.04,
+        "threshold": 0.08,
+    },
+    "cub-vgg16-loc": {
+        "role": "loc",
+        **_TEACHER,
+        "augmentation": "resize:336+flip",
+        "auxiliary": "diff_aux",
+        "eta": 0.5,
+    },
+    "cub-vgg16-loc-top1": {
+        "role": "loc",
+        **_TEACHER,
+        "augmentation": "crop:0.1,1+flip",
+        "auxiliary": "diff_aux",
+        "eta": 0.5,
+    },
+    "cub-vgg16-student": {
+        "role": "student",
+        **_VGG,
+        "update_rate": 0.002,
+        "decay_every": 40,
+        "augmentation": "crop:0.2,1+flip+randaugment:3,10",
+    },
+    "cub-inception-cls": {"role": "cls", **_INCEPTION, "auxiliary": "fore", "eta": 0.6, "threshold": 0.15},
+    "cub-inception-loc": {
+        "role": "loc",
+        **_INCEPTION,
+        "augmentation": "crop:0.1,1+flip+randaugment:3,10",
+        "auxiliary": "diff_aux",
+        "eta": 0.2,
+        "threshold": 0.25,
+        "area": 2e-8,
+    },
+    "cub-inception-student": {"role": "student", **_INCEPTION, "update_rate": 0.015},
+    "ilsvrc-vgg16-ci-cam": {"role": "ci-cam", **_IMAGENET},
+    "ilsvrc-vgg16-cls": {
+        "role": "cls",
+        **_IMAGENET,
+        "augmentation": "crop:0.4,1+flip",
+        "auxiliary": "fore",
+        "eta": 1.0,
+        "area": 0.04,
+        "area_mode": 1,
+    },
+    "ilsvrc-vgg16-loc": {
+        "role": "loc",
+        **_IMAGENET,
+        "augmentation": "resize:240+flip",
+        "auxiliary": "diff_aux",
+        "eta": 1.0,
+        "area": 1e-6,
+    },
+    "ilsvrc-vgg16-student": {
+        "role": "student",
+        **_IMAGENET,
+        "augmentation_loc": "crop:0.9,1.1+flip",
+        "temperature_cls": 1.1,
+        "temperature_loc": 1.1,
+    },
+}
+"""The paper's recipes (sections 3.6 to 3.8). Mirroring is not stated there and stands in all of them."""
+
+_KINDS = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int, "Role": str}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return a recipe's settings.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"expected one of {', '.join(PRESETS)}", field="recipe", value=name)
+    return dict(PRESETS[name])
+
+
+def parsed(assignments: list[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts as settings.
+
+    Raises:
+        InputError: A name is no setting or a value is of another kind.
+
+    >>> parsed(["lr=0.01", "flags=1,2", "t_squared=true"])
+    {'lr': 0.01, 'flags': (1, 2), 't_squared': True}
+    """
+    kinds = {field.name: str(field.type) for field in fields(Settings)}
+    made: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or name not in kinds:
+            raise InputError(f"expected NAME=VALUE with one of {', '.join(kinds)}", field="set", value=text)
+        try:
+            if kinds[name] == "bool":
+                made[name] = {"true": True, "false": False}[value.lower()]
+            elif kinds[name].startswith("tuple"):
+                made[name] = tuple(int(part) for part in value.split(","))
+            elif value.lower() == "none" and "None" in kinds[name]:
+                made[name] = None
+            else:
+                made[name] = _KINDS[kinds[name]](value)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"expected {kinds[name]}", field=name, value=value) from error
+    return made
+
+
+def settings_from(recipe: str | None, given: dict[str, Any]) -> Settings:
+    """A recipe with what was given over it; without a recipe, the defaults.
+
+    Raises:
+        InputError: As for `preset` and `Settings`.
+    """
+    start = preset(recipe) if recipe else {}
+    if "role" in start and given.get("role", start["role"]) != start["role"]:
+        raise InputError(f"{recipe} is a recipe for {start['role']}", field="role", value=given["role"])
+    return replace(Settings("cls"), **{**start, **given})
