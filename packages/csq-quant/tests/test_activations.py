@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import csq
 from csq.activations import (
     LsqQuantizer,
     PactQuantizer,
@@ -15,7 +16,6 @@ from csq.activations import (
     plan_activations,
     quantize_activations,
 )
-from csq.methods import parameter_groups
 from csq.resnet import resnet8
 from shared_core import InputError
 
@@ -95,7 +95,7 @@ def test_alpha_is_decayed_and_an_lsq_step_is_not() -> None:
         model = quantize_activations(resnet8(10, 1), 4, torch.rand(4, 1, 8, 8), method)  # type: ignore[arg-type]
         quantizer = model.fc.input_quantizer
         parameter = quantizer.alpha if isinstance(quantizer, PactQuantizer) else quantizer.log_step
-        (group,) = [g for g in parameter_groups(model, 5e-4) if any(p is parameter for p in g["params"])]
+        (group,) = [g for g in csq.param_groups(model, 5e-4) if any(p is parameter for p in g["params"])]
         assert group["weight_decay"] == decay
 
 

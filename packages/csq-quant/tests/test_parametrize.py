@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import csq
+from csq import rivals
 from shared_core import InputError
 
 
@@ -246,6 +247,28 @@ class TestOptimizerGroups:
         assert {id(p) for p in everything} == {id(p) for p in model.parameters()}
         assert len(everything) == len(set(map(id, everything)))
         assert {id(model[1].weight), id(model[0].bias)} <= {id(p) for p in decayed["params"]}
+
+    @pytest.mark.parametrize(
+        ("make", "free_names"),
+        [
+            (lambda weight: rivals.LsqWeight(weight, 2), {"log_step"}),
+            (rivals.BsqWeight, {"planes", "log_scale"}),
+            (lambda weight: rivals.SteWeight(2), set()),
+        ],
+    )
+    def test_rivals_learn_their_scales_without_decay_too(self, make, free_names):
+        model = rivals.attach(small_net(), lambda _, weight: make(weight))
+        decayed, free = csq.param_groups(model, 0.01)
+        names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+        assert {names[id(p)] for p in free["params"]} == free_names
+        assert not {names[id(p)] for p in decayed["params"]} & free_names
+        assert len(free["params"]) == 2 * len(free_names)
+        assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+    def test_what_is_frozen_is_in_no_group(self):
+        model = csq.parametrize(small_net())
+        model[1].weight.requires_grad_(False)
+        assert all(p is not model[1].weight for g in csq.param_groups(model) for p in g["params"])
 
     def test_decayed_gates_are_warned_of(self):
         model = csq.parametrize(small_net())

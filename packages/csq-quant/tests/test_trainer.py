@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import csq
+from csq.activations import LsqQuantizer
 from csq.planes import BitPlanes
 from csq.trainer import add_schedule
 from shared_core import InputError
@@ -175,12 +176,15 @@ def test_the_penalty_counts_once_a_step_however_many_batches_are_accumulated(
         torch.testing.assert_close(split, whole, rtol=2e-2, atol=1e-2)
 
 
-def test_gates_masks_and_scales_do_not_decay(tmp_path: Path) -> None:
+def test_gates_masks_scales_and_steps_do_not_decay(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path)
+    linear = next(m for m in trainer.model.modules() if isinstance(m, nn.Linear))
+    linear.add_module("input_quantizer", LsqQuantizer(4))
     add_schedule(trainer, 3.0)
     optimizer = trainer.create_optimizer()
     csq.check_param_groups(trainer.model, optimizer)  # a warning is an error here
     gates = {id(p) for m in trainer.model.modules() if isinstance(m, BitPlanes) for p in m.parameters()}
+    gates.add(id(linear.input_quantizer.log_step))
     assert all(
         not group["weight_decay"]
         for group in optimizer.param_groups

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from csq.files import load, save
     from csq.hardened import harden, reestimate_batchnorm
     from csq.onnx_export import compare_onnx, export_onnx
-    from csq.parametrization import bit_layers, check_param_groups, param_groups, parametrize
+    from csq.optimizer_groups import check_param_groups, param_groups
+    from csq.parametrization import bit_layers, parametrize
     from csq.planes import BitPlanes
     from csq.schedule import Schedule
     from csq.size_report import Report, report
@@ -47,8 +48,8 @@ __all__ = [
 _HOME = {
     "parametrize": "parametrization",
     "Schedule": "schedule",
-    "param_groups": "parametrization",
-    "check_param_groups": "parametrization",
+    "param_groups": "optimizer_groups",
+    "check_param_groups": "optimizer_groups",
     "bit_layers": "parametrization",
     "BitPlanes": "planes",
     "harden": "hardened",

@@ -155,6 +155,8 @@ class LsqQuantizer(ActivationQuantizer):
         features: Activations of one sample; the step's gradient is scaled by 1/sqrt(features high).
     """
 
+    undecayed = ("log_step",)
+
     def __init__(self, bits: int, signed: bool = False, step: float = 1.0, features: int = 1) -> None:
         super().__init__(bits, signed)
         self.log_step = nn.Parameter(torch.tensor(float(step)).log())

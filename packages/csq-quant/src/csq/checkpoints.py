@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shared_core import InputError
 from shared_core.files import atomic_path
 
-FORMAT = "2"
+FORMAT = "3"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -257,48 +256,3 @@ def _layer_name(name: str, tensor_name: str) -> str:
     if tensor_name == "weight":
         return name or "weight"
     return f"{name}.{tensor_name}" if name else tensor_name
-
-
-def _gates(model: nn.Module) -> list[nn.Parameter]:
-    return [
-        parameter
-        for planes in bit_layers(model).values()
-        for parameter in (planes.positive, planes.negative, planes.mask, planes.log_scale)
-    ]
-
-
-def param_groups(model: nn.Module, weight_decay: float = 5e-4) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: gates, masks, scales and steps without weight decay, all else with it.
-
-    Decay pulls a gate towards 0, which is indecision between 0 and 1 (the official code decays everything).
-    """
-    gates = _gates(model)
-    # LSQ's step is learned as its logarithm: decay would pull the step to 1.
-    free = [*gates, *(p for name, p in model.named_parameters() if name.endswith("log_step"))]
-    known = {id(parameter) for parameter in free}
-    rest = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
-    return [{"params": rest, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def check_param_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Warn where an optimizer decays gates; refuse one that does not hold them.
-
-    Raises:
-        InputError: gates are in no group, as when the optimizer was made before `csq.parametrize`.
-    """
-    gates = {id(parameter) for parameter in _gates(model)}
-    held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    missing = len(gates - held.keys())
-    if missing:
-        raise InputError(
-            f"{missing} of {len(gates)} gate tensors are in no group; make the optimizer after "
-            "csq.parametrize, from csq.param_groups(model)",
-            field="optimizer",
-        )
-    decayed = sum(bool(held[gate].get("weight_decay")) for gate in gates)
-    if decayed:
-        warnings.warn(
-            f"{decayed} gate tensors are in a group with weight decay, which pulls gates towards indecision; "
-            "make the optimizer from csq.param_groups(model)",
-            stacklevel=2,
-        )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from csq.optimizer_groups import param_groups
 from csq.parametrization import bit_layers
-from csq.planes import BitPlanes
 from csq.schedule import Schedule
 from shared_core import InputError
 
@@ -108,10 +108,8 @@ def add_schedule(trainer: Trainer, target_bits: float | None, **options: Any) ->
 
     @functools.wraps(decaying)
     def without_gates(model: nn.Module) -> list[str]:
-        gates = {
-            id(p) for module in model.modules() if isinstance(module, BitPlanes) for p in module.parameters()
-        }
-        free = {name for name, parameter in model.named_parameters() if id(parameter) in gates}
+        free_ids = {id(parameter) for parameter in param_groups(model)[1]["params"]}
+        free = {name for name, parameter in model.named_parameters() if id(parameter) in free_ids}
         return [name for name in decaying(model) if name not in free]
 
     patched: Any = trainer  # a method of this one Trainer; a subclass of the user's stays what it is

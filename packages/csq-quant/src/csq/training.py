@@ -29,7 +29,8 @@ from csq.checkpoints import (
 )
 from csq.data import ImageData
 from csq.evaluate import top1
-from csq.methods import Hooks, Method, Plan, parameter_groups
+from csq.methods import Hooks, Method, Plan
+from csq.optimizer_groups import param_groups
 from shared_core import InputError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -53,7 +54,6 @@ class Recipe:
         warmup: Share of each stage's steps in which the learning rate rises linearly, before it falls as a
             cosine.
         optimizer: "sgd" or "adamw".
-        gate_lr: Factor of the learning rate of CSQ's gates and masks.
         shift: Images are moved at random by up to so many pixels (zeros come in).
         flip: Half of the images are mirrored.
         label_smoothing: 0 for none.
@@ -71,7 +71,6 @@ class Recipe:
     weight_decay: float = 5e-4
     warmup: float = 0.05
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    gate_lr: float = 1.0
     shift: int = 0
     flip: bool = False
     label_smoothing: float = 0.0
@@ -262,7 +261,7 @@ class _Run:
         stage = self.method.stages[index]
         self.plans.append(plan)
         self.hooks = stage.install(self.model, plan, self.ends[index] - self.begins[index])
-        groups = parameter_groups(self.model, self.recipe.weight_decay, self.recipe.gate_lr)
+        groups = param_groups(self.model, self.recipe.weight_decay)
         if self.recipe.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, lr=self.recipe.lr, momentum=self.recipe.momentum)
         else:
@@ -273,7 +272,7 @@ class _Run:
         assert optimizer is not None
         share = rate(self.step - begin, end - begin, recipe.warmup) * self.method.stages[index].lr
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * share * group["lr_factor"]
+            group["lr"] = recipe.lr * share
         inputs, labels = self._batch()
         loss = F.cross_entropy(self.model(inputs), labels, label_smoothing=recipe.label_smoothing)
         if (penalty := self.hooks.penalty()) is not None:

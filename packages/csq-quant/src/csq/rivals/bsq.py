@@ -26,6 +26,8 @@ class BsqWeight(nn.Module):
         weight: The weight of a trained model.
     """
 
+    undecayed = ("planes", "log_scale")
+
     planes: Tensor
     n_planes: Tensor
     steps_done: Tensor

@@ -88,6 +88,8 @@ class LsqWeight(nn.Module):
         bits: k, 1 to 8.
     """
 
+    undecayed = ("log_step",)
+
     def __init__(self, weight: Float[Tensor, "*shape"], bits: int) -> None:
         super().__init__()
         self.bits = bits
