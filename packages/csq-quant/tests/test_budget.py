@@ -48,7 +48,8 @@ def test_settling_never_goes_away_from_the_target_nor_past_it(seed, target, budg
     if contiguous:
         scheme = torch.stack([top_run(each) for each in scheme])
     average = Average(torch.randint(1, 100, (9,), generator=generator).tolist(), 8, budget)
-    settled = settle(scheme, masks, average, target, contiguous=contiguous)
+    settled, reached = settle(scheme, masks, average, target, contiguous=contiguous)
+    assert reached == pytest.approx(float(average(settled)))
     before, after = float(average(scheme)) - target, float(average(settled)) - target
     assert abs(after) <= max(abs(before), 0.02 * target + 1e-9)
     assert settled.any(1).all()
@@ -60,6 +61,17 @@ def test_settling_spends_no_plane_that_does_not_change_the_count():
     # By bytes, an inner plane of a run costs nothing: 10101 and 11111 both take 6 bits.
     masks = torch.full((1, 8), 0.5)
     masks[0, 1] = 0.01
-    settled = settle(row("00011111")[None], masks, Average([10], 8, "bytes"), 5.0)
+    settled, _ = settle(row("00011111")[None], masks, Average([10], 8, "bytes"), 5.0)
     assert text_of(settled[0])[3:] != "11101"
     assert float(Average([10], 8, "bytes")(settled)) == 5
+
+
+def test_settling_counts_by_what_is_known_of_a_layer():
+    masks = torch.tensor([[0.5, 0.5, 0.5, 0.01]] * 2)
+    scheme = torch.ones(2, 4, dtype=torch.bool)
+
+    def cost(layer: int, mask: tuple[bool, ...]) -> float:
+        return sum(mask) if layer else 1.0  # the first layer's weights are few values, whatever its mask
+
+    settled, reached = settle(scheme, masks, Average([10, 10], 4, "weights"), 2.0, cost=cost)
+    assert (settled.sum(1).tolist(), reached) == ([4, 3], 2.0)

@@ -249,6 +249,8 @@ def test_bsq_trains_on_where_its_search_has_emptied_a_layer() -> None:
     assert trained.checkpoint.plans[-1]["emptied"] == ["0", "4", "8"]
     report = rivals.harden(trained.model).report
     assert all(bool(layer.codes.any()) for layer in report.layers)  # finetuning grew weights again
+    assert [layer.bits for layer in report.layers] == [1, 1, 1]
+    assert {layer.stored_bits for layer in report.layers} == {2}  # ternary: the size is counted, not waived
 
 
 def test_bsqs_regularizer_prunes_bits_and_more_of_it_prunes_more() -> None:

@@ -64,7 +64,8 @@ def settle(
     *,
     min_bits: int = 1,
     contiguous: bool = False,
-) -> Bool[Tensor, "layers planes"]:
+    cost: Callable[[int, tuple[bool, ...]], float] | None = None,
+) -> tuple[Bool[Tensor, "layers planes"], float]:
     """Switch planes off, or on, until the average is within 2 % of the target, the least decided first.
 
     No switch carries the average past the target by more than the tolerance: large layers come near, small
@@ -77,12 +78,18 @@ def settle(
         target: the average wanted.
         min_bits: planes that each layer keeps.
         contiguous: switch only at the ends of runs.
+        cost: bits a weight of a layer (by its number) with a mask, where more is known than the mask; else
+            `average` counts.
+
+    Returns:
+        The scheme, and its average.
     """
+    cost = cost or (lambda _, row: average.cost(row))
     rows = [tuple(map(bool, row)) for row in selected.tolist()]
     shares: list[float] = average.shares.tolist()
     order = [divmod(flat, selected.shape[1]) for flat in masks.abs().flatten().argsort().tolist()]
     slack = TOLERANCE * target
-    gap = float(average(selected)) - target
+    gap = sum(share * cost(layer, rows[layer]) for layer, share in enumerate(shares)) - target
     for wanted in (False, True):  # first off, then on
         sign, moved = (1 if wanted else -1), True
         while moved:  # a run's new end may be a plane that was passed over
@@ -92,11 +99,11 @@ def settle(
                     break
                 row = rows[layer]
                 tried = (*row[:plane], wanted, *row[plane + 1 :])
-                change = shares[layer] * (average.cost(tried) - average.cost(row))
+                change = shares[layer] * (cost(layer, tried) - cost(layer, row))
                 fits = sign * change > 0 and sign * (gap + change) <= slack
                 if fits and sum(tried) >= min_bits and not (contiguous and _has_gap(tried)):
                     rows[layer], gap, moved = tried, gap + change, True
-    return torch.tensor(rows)
+    return torch.tensor(rows), target + gap
 
 
 def _has_gap(mask: tuple[bool, ...]) -> bool:

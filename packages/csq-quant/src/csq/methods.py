@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 import csq
 from csq import rivals
-from csq.activations import LsqQuantizer, install_activations, plan_activations
+from csq.activations import install_activations, plan_activations
 from csq.budget import Budget
-from csq.planes import BitPlanes
 from csq.rivals import BsqWeight, LsqWeight, SteWeight
 from csq.schedule import Finetune, Schedule
 from shared_core import InputError
@@ -71,35 +70,6 @@ class Stage:
     def install(self, model: nn.Module, plan: Plan, steps: int) -> Hooks:
         """Change the model's structure in place. Must depend on the model's structure and the plan alone."""
         return Hooks()
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, gate_lr: float = 1.0) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: gates, planes, masks, scales and steps are not decayed, all else is.
-
-    PACT's clipping values are decayed, as the paper has it.
-
-    Args:
-        model: With or without quantizers.
-        weight_decay: Of all else.
-        gate_lr: Factor of the learning rate of CSQ's gates and masks, under "lr_factor".
-    """
-    gates: dict[int, Tensor] = {}
-    free: dict[int, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, BitPlanes):
-            gates |= {id(p): p for p in (module.positive, module.negative, module.mask)}
-            free |= {id(p): p for p in module.parameters(recurse=False) if id(p) not in gates}
-        elif isinstance(module, LsqWeight | LsqQuantizer):
-            free[id(module.log_step)] = module.log_step
-        elif isinstance(module, BsqWeight):
-            free |= {id(p): p for p in module.parameters()}
-    rest = [p for p in model.parameters() if id(p) not in gates and id(p) not in free]
-    groups = [
-        {"params": rest, "weight_decay": weight_decay, "lr_factor": 1.0},
-        {"params": list(free.values()), "weight_decay": 0.0, "lr_factor": 1.0},
-        {"params": list(gates.values()), "weight_decay": 0.0, "lr_factor": gate_lr},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 @dataclass(frozen=True)
@@ -300,7 +270,12 @@ class BsqStage(QuantizedStage):
 
 @dataclass(frozen=True)
 class BsqFinetuneStage(UniformStage):
-    """Training with the bits that BSQ found, from the weights that it found."""
+    """Training with the bits that BSQ found, from the weights that it found.
+
+    A layer that the search has emptied keeps 1 bit, the least that BSQ's planes and CSQ's `min_bits` leave to
+    any layer: it trains on, grows ternary weights again, and its size counts as 1 paper bit and as the bits
+    that its numbers then take in the file, as everybody's does.
+    """
 
     def decide(self, model: nn.Module, batches: Batches, seed: int) -> Plan:
         """Read bits and steps off the planes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from csq.budget import Average, Budget, settle, top_run
 from csq.parametrization import bit_layers
 from csq.planes import DEAD
+from csq.storage import CODEBOOK_BITS, stored_form
 from shared_core import InputError
 
 Finetune = Literal["hold", "reramp"]
@@ -50,13 +52,17 @@ class Schedule:
         steps: optimizer steps of the whole run, at least 2.
         budget: what the average is over. `weights`: selected planes, each layer counted by its number of
             weights: the model's size. `layers`: each layer alike, as the official code does; says little
-            about size. `bytes`: stored bits (`csq.storage.stored_bits`, sign and gaps included), by weights;
-            the least possible is 2.
+            about size. `bytes`: stored bits by weights, sign and gaps included; the least possible is 2.
+            The search counts what a mask can make (`csq.storage.stored_bits`), and its penalty pushes all
+            planes of a layer alike, also those inside a run, which cost nothing; `precision` counts so too.
+            `on_miss="settle"` counts what the weights really take when the scheme is fixed, codebooks
+            included; finetuning moves that by little.
         lam: λ, the penalty's weight. A mask moves at most lr / (1 - momentum) · λ |ΔS| β / 4 a step: 0.1 to
             0.5 for runs of 100 to 1000 steps, 0.01 for 600 epochs.
         search: share of the steps that search, above 0, at most 1.
         beta_max: the temperature that the search ends at.
-        finetune: `hold` keeps β there for the rest; `reramp` starts again from 1.
+        finetune: `hold` keeps β there for the rest; `reramp` starts again from 1, with gates put back to ±m0
+            so that the function goes on (`csq.BitPlanes.recentre`).
         contiguous: fix each layer's scheme to a run of planes: as many as were selected, from the highest
             selected one down, so that the values are a uniform grid.
         min_bits: planes that each layer keeps at least when the scheme is fixed. A layer without planes is
@@ -210,6 +216,8 @@ class Schedule:
             chosen = self._meet_target(chosen, masks)
         for planes, row in zip(self._planes, chosen, strict=True):
             planes.set_live(row.to(planes.live.device), fix=True)
+            if self.finetune == "reramp" and self.steps > self.search_steps:
+                planes.recentre()
 
     def _keep_least(self, chosen: Bool[Tensor, "layers planes"], masks: Tensor) -> Tensor:
         chosen = chosen.clone()
@@ -226,17 +234,16 @@ class Schedule:
 
     def _meet_target(self, chosen: Bool[Tensor, "layers planes"], masks: Tensor) -> Tensor:
         assert self.target_bits is not None
-        reached = float(self._average(chosen))
         if self.on_miss == "settle":
-            settled = settle(
+            settled, reached = settle(
                 chosen,
                 masks,
                 self._average,
                 self.target_bits,
                 min_bits=self.min_bits,
                 contiguous=self.contiguous,
+                cost=cache(self._file_bits) if self.budget == "bytes" else None,
             )
-            reached = float(self._average(settled))
             if abs(reached - self.target_bits) > SETTLED * self.target_bits:
                 warnings.warn(
                     f"settled at {reached:.3f} bits where {self.target_bits:g} were asked for: no plane that "
@@ -244,6 +251,7 @@ class Schedule:
                     stacklevel=4,
                 )
             return settled
+        reached = float(self._average(chosen))
         if abs(reached - self.target_bits) > MISS:
             direction = "raise lam or train longer" if reached > self.target_bits else "lower lam"
             message = (
@@ -254,6 +262,15 @@ class Schedule:
                 raise InputError(message, field="target_bits")
             warnings.warn(message, stacklevel=4)
         return chosen
+
+    def _file_bits(self, layer: int, row: tuple[bool, ...]) -> float:
+        """Bits a weight that a layer would take in the file as its weights are now, its codebook included."""
+        if not any(row):
+            return 0.0
+        planes = self._planes[layer]
+        codes = planes.codes(torch.tensor(row, device=planes.mask.device)).cpu() >> row.index(True)
+        width, _, codebook = stored_form(codes.numpy())
+        return width + (0.0 if codebook is None else CODEBOOK_BITS * len(codebook) / codes.numel())
 
     def _record(self) -> None:
         selected = torch.stack([planes.selected() for planes in self._planes]).cpu()
