@@ -9,6 +9,7 @@ import transformers as hf
 from number_tokenizer import NumberTokenizer
 from tiny_models import FAMILIES, VOCAB, WITHOUT_INTERFACE, family
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from relattn import Steerer
@@ -236,6 +237,29 @@ def test_three_controls_with_four_beams_equal_each_example_alone(name):
         assert together[n].weight == weights[n]
         assert together[n].text == alone.text
         torch.testing.assert_close(together[n].relevance.a_rel, alone.relevance.a_rel, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_source_keys_are_not_copied_between_beams_and_the_summaries_are_generates_own(name, monkeypatch):
+    model = family(name)
+    steerer = Steerer(model, NumberTokenizer(model.config.pad_token_id))
+    documents = [" ".join(map(str, torch.randint(5, VOCAB, (n,)).tolist())) for n in (23, 23, 23)]
+    controls, weights = ["12 40", "7", "88 51"], [0.3, 0.0, 0.5]
+    settings = {"num_beams": 4, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ids = torch.tensor([steerer.tokenizer(text)["input_ids"] for text in documents])
+    with torch.no_grad(), steerer.steer({"input_ids": ids}, controls, weights) as inputs:
+        expected = steerer.tokenizer.batch_decode(model.generate(**inputs, **settings))
+    reordered: list[int] = []
+    copy = DynamicLayer.reorder_cache
+    monkeypatch.setattr(
+        DynamicLayer,
+        "reorder_cache",
+        lambda layer, beams: reordered.append(layer.get_seq_length()) or copy(layer, beams),
+    )
+    found = steerer.generate(documents, controls, weights, **settings)
+    assert [summary.text for summary in found] == expected
+    assert reordered
+    assert max(reordered) < len(ids[0])  # what beams have written, never the source
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -32,7 +32,7 @@ def test_the_commands_run_where_they_are_pasted(kind, bart_folder, t5_folder, tm
     shutil.copytree(bart_folder if kind == "bart" else t5_folder, tmp_path / "my-summarizer")
     monkeypatch.chdir(tmp_path)
     Path("article.txt").write_text(f"{CORPUS[0]} {CORPUS[1]} The storm came.")
-    (line,) = re.findall(r'^A line of `data.jsonl` is `(\{.*?\})`', TEXT, re.M)
+    (line,) = re.findall(r"^A line of `data.jsonl` is `(\{.*?\})`", TEXT, re.M)
     rows = [json.loads(line) | {"id": str(n), "document": f"{n} {CORPUS[n % 8]} A storm."} for n in range(20)]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (block,) = re.findall(r"^```sh\n(relattn summarize .*?)^```", TEXT, re.DOTALL | re.MULTILINE)

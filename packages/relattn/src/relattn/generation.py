@@ -9,7 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from relattn.encoding import SteerableBatch
 from relattn.families import CrossAttention
@@ -138,6 +144,32 @@ def rows_that_fit(
     return max(1, budget // (beams * (cache + logits)))
 
 
+class BeamCache(EncoderDecoderCache):
+    """generate's own cache, but for one thing: beams share their document's source keys and values.
+
+    Beam search puts rows in a new order at each step, within a document, and there the source's part is the
+    same in all rows; to copy it took most of the time of decoding many rows.
+    """
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Reorder what the beams have written."""
+        self.self_attention_cache.reorder_cache(beam_idx)
+
+
+def beam_cache(model: PreTrainedModel, settings: Mapping[str, Any]) -> dict[str, BeamCache]:
+    """The cache as an argument of `generate`; none where it has no beams or no dynamic cache."""
+    own = settings.get("past_key_values") or setting(model, settings, "cache_implementation", None)
+    if (
+        own is not None
+        or setting(model, settings, "num_beams", 1) == 1
+        or not setting(model, settings, "use_cache", True)
+        or not getattr(model, "_supports_default_dynamic_cache", bool)()
+    ):
+        return {}
+    config = model.config.get_text_config(decoder=True)
+    return {"past_key_values": BeamCache(DynamicCache(config=config), DynamicCache(config=config))}
+
+
 @dataclass(frozen=True)
 class RowDecoder:
     """Decodes (document, weight) rows of a batch, in chunks that fit into memory.
@@ -179,8 +211,9 @@ class RowDecoder:
         index = index.to(self.batch.a_rel.device)
         contexts = [context[index] for context in self.batch.contexts]
         steering = steered(self.layers, contexts, weight.to(self.batch.a_rel))
+        rows = self.batch.encoded.rows(index) | beam_cache(self.model, settings)
         with _seeded(self.model, seed), evaluating(self.model), steering:
-            return self.model.generate(**self.batch.encoded.rows(index), **settings)  # pyright: ignore[reportCallIssue]
+            return self.model.generate(**rows, **settings)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager

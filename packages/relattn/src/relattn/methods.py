@@ -24,7 +24,7 @@ from relattn.controls import Control, control_phrases, encode_control
 from relattn.encoding import EncodedBatch, encode
 from relattn.examples import MethodSummary
 from relattn.extract import extract, relevant_sentences, sentence_relevance
-from relattn.generation import evaluating, generation_settings, settings_for
+from relattn.generation import beam_cache, evaluating, generation_settings, settings_for
 from relattn.logit_boost import KeywordBoost
 from relattn.pplm import PPLM, PPLMCost
 from relattn.prefix import with_prefix
@@ -173,8 +173,9 @@ def _encoded(steerer: Steerer, documents: Sequence[str], batch_size: int) -> Ite
 
 def _decode(steerer: Steerer, encoded: EncodedBatch, settings: dict[str, Any], **more: Any) -> list[str]:
     rows = torch.arange(len(encoded.input_ids), device=encoded.input_ids.device)
+    given = encoded.rows(rows) | beam_cache(steerer.model, settings)
     with torch.no_grad(), evaluating(steerer.model):
-        ids = steerer.model.generate(**encoded.rows(rows), **settings, **more)  # pyright: ignore[reportCallIssue]
+        ids = steerer.model.generate(**given, **settings, **more)  # pyright: ignore[reportCallIssue]
     texts = steerer.target_tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
