@@ -44,10 +44,12 @@ class Result:
     Attributes:
         records: One a worker and repeat.
         raws: Name of a raw file -> latencies in ns of the window.
+        problem: Why it gave nothing, where the device does not allow what was asked.
     """
 
     records: list[Record] = field(default_factory=list)
     raws: dict[str, Int64[np.ndarray, " _"]] = field(default_factory=dict)
+    problem: str = ""
 
     def summary(self) -> dict[str, Any]:
         """Return medians and ranges over repeats, and percentiles of all clean requests pooled.
