@@ -9,10 +9,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ["CSQ_KERNEL"] = "eager"  # compiling takes seconds; test_kernels.py asks for it
 
+from multiprocessing import get_context
+
 import pytest
 import torch
 
 from shared_core import testing
+
+# Tests of killed runs and of several processes start theirs from one server, which imports torch once.
+get_context("forkserver").set_forkserver_preload(["csq.cli", "csq.runs", "csq.trainer", "torch.distributed"])
 
 testing.check_annotations("csq")
 testing.hypothesis_profile()

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from training_runs import killed_at_a_checkpoint, slow_command
 
 import csq
 from csq import cli, runs, sources, stages
@@ -174,24 +173,9 @@ def test_inspect_counts_a_run_as_the_file_that_it_becomes(
 
 def test_a_killed_run_resumes_to_the_same_last_bit(data: Path, tmp_path: Path) -> None:
     options = ["--model", "csq/resnet8", "--data", data, *SHORT, "--epochs", 5, "--image-size", 16]
-    code = """
-import sys, time
-import torch
-from csq import cli, training
-from shared_core import command
-torch.set_num_threads(1)
-step = training._Run._train_step
-training._Run._train_step = lambda self, index: (time.sleep(0.2), step(self, index))[1]
-command.run(cli.app)
-"""
     killed = tmp_path / "killed"
-    arguments = ["train", "--out", killed, *options]
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (killed / CHECKPOINT).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    arguments = [str(argument) for argument in ("train", "--out", killed, *options)]
+    killed_at_a_checkpoint([killed], slow_command, [arguments])
     assert 0 < read_checkpoint(killed / CHECKPOINT).step < 15
     assert run("train", "--out", killed, "--resume", "--device", "cpu") == 0
     whole = tmp_path / "whole"

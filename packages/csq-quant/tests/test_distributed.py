@@ -15,7 +15,7 @@ import csq
 
 
 def test_two_processes_grow_the_same_scheme(tmp_path: Path):
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     betas = [record["beta"] for record in first["trace"]]
     assert betas[:19] == pytest.approx([200 ** (t / 18) for t in range(19)])

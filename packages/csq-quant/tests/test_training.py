@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_runs import METHODS, STEPS, run, small_model, stripes
+from training_runs import METHODS, STEPS, killed_at_a_checkpoint, run, slow_run, small_model, stripes
 
 import csq
 from csq import rivals
@@ -76,19 +72,14 @@ def test_a_run_resumed_at_any_stage_ends_bit_for_bit_like_one_without_a_break(
 
 
 def test_killed_runs_resume_to_the_same_last_bit(tmp_path: Path) -> None:
-    names = ("csq", "bsq")
-    script = Path(__file__).with_name("training_runs.py")
-    running = {name: subprocess.Popen([sys.executable, script, name, tmp_path / name]) for name in names}
-    deadline = time.monotonic() + 240
-    while any(process.poll() is None for process in running.values()) and time.monotonic() < deadline:
-        for name, process in running.items():
-            if (tmp_path / name / CHECKPOINT).exists():
-                process.send_signal(signal.SIGKILL)
-        time.sleep(0.005)
-    for name, process in running.items():
-        assert process.wait() == -signal.SIGKILL
-        assert 0 < read_checkpoint(tmp_path / name / CHECKPOINT).step < STEPS
-        resumed = run(name, tmp_path / name, resume=True)
+    names = ["csq", "bsq", "hawq", "lsq"]
+    folders = [tmp_path / name for name in names]
+    for folder in folders:
+        folder.mkdir()
+    killed_at_a_checkpoint(folders, slow_run, names, folders)
+    for name, folder in zip(names, folders, strict=True):
+        assert 0 < read_checkpoint(folder / CHECKPOINT).step < STEPS
+        resumed = run(name, folder, resume=True)
         assert _same(resumed.model.state_dict(), run(name).model.state_dict())
 
 

@@ -1,14 +1,18 @@
-"""Small runs for the tests; as a script, one that a test kills: METHOD FOLDER."""
+"""Small runs for the tests, and slow ones that a test kills."""
 
 from __future__ import annotations
 
-import sys
+import multiprocessing
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from csq import cli, training
 from csq.data import ImageData, PixelSplit
 from csq.methods import (
     BsqFinetuneStage,
@@ -20,7 +24,8 @@ from csq.methods import (
     Stage,
     UniformStage,
 )
-from csq.training import Recipe, Trained, train
+from csq.training import CHECKPOINT, Recipe, Trained, train
+from shared_core import command
 
 STEPS = 24
 _FIRST = Stage("float", 0.25)
@@ -76,10 +81,40 @@ def run(
 
 
 def _slowly(step: int, loss: float) -> None:
-    time.sleep(0.1)  # so that it is killed between two checkpoints, or while one is written
+    time.sleep(0.05)  # so that it is killed between two checkpoints, or while one is written
 
 
-if __name__ == "__main__":
+def slow_run(name: str, folder: Path) -> None:
+    """As `run`, in a process of its own."""
     torch.set_num_threads(1)
-    Path(sys.argv[2]).mkdir()
-    run(sys.argv[1], Path(sys.argv[2]), progress=_slowly)
+    run(name, folder, progress=_slowly)
+
+
+def slow_command(arguments: list[str]) -> None:
+    """The command `csq train` with pauses between the steps, in a process of its own."""
+    torch.set_num_threads(1)
+    step = training._Run._train_step
+
+    def slow_step(self: training._Run, index: int) -> float:
+        _slowly(0, 0.0)
+        return step(self, index)
+
+    training._Run._train_step = slow_step  # type: ignore[method-assign]
+    command.run(cli.app, arguments)
+
+
+def killed_at_a_checkpoint(folders: list[Path], target: Callable[..., None], *arguments: Any) -> None:
+    """Start a process for each folder and kill it when it has written a checkpoint, before it ends."""
+    context = multiprocessing.get_context("forkserver")
+    running = [context.Process(target=target, args=each) for each in zip(*arguments, strict=True)]
+    for process in running:
+        process.start()
+    deadline = time.monotonic() + 240
+    while any(process.is_alive() for process in running) and time.monotonic() < deadline:
+        for folder, process in zip(folders, running, strict=True):
+            if (folder / CHECKPOINT).exists():
+                process.kill()
+        time.sleep(0.005)
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [-signal.SIGKILL] * len(running)
