@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from migperf.latency import percentile_ranks, pooled, summarize
+from migperf.latency import percentile_ranks, pooled, summarize, too_short_for_p99
 from shared_core import InputError
 
 
@@ -63,3 +63,8 @@ def test_no_sample_is_an_error_and_a_negative_one_too():
         summarize(np.array([], dtype=np.int64))
     with pytest.raises(InputError, match="negative"):
         summarize(np.array([-5, 3]))
+
+
+def test_a_duration_too_short_for_p99_is_told_before_the_run():
+    assert "p99 needs 100: 10 s would do" in too_short_for_p99(10, 2)
+    assert too_short_for_p99(10, 10) == ""

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_records import record as made
 
+from migperf import measuring
 from migperf.backends import Instance, Launch, opening
 from migperf.backends.cpu import CpuBackend
 from migperf.loads import Closed, Constant, Poisson
@@ -20,6 +22,7 @@ from migperf.parts import Part, assign
 from migperf.processes import environment_of
 from migperf.profiles import Profile
 from migperf.records import raw_latencies, read
+from migperf.samplers import Window
 from migperf.whereabouts import misplaced, wrong_threads
 from migperf.workloads import custom, parse, sleep, spin
 from shared_core import InputError
@@ -174,11 +177,12 @@ def test_a_worker_that_never_gets_ready_neither_hangs_the_parent_nor_counts_as_0
     cpu, module, body, status, message
 ):
     module(f"def make(workload, device):\n    {body}\n")
+    timeout = 2 if "sleep" in body else 60  # a loaded machine takes its time to import
     begin = time.monotonic()
     (record,) = run(
-        custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.2, repeats=1, timeout=2
+        custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.2, repeats=1, timeout=timeout
     ).records
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 30
     assert record.status == status
     assert record.items_per_second is None
     assert re.search(message, record.message)
@@ -325,11 +329,15 @@ def test_the_mode_that_was_seen_is_the_one_recorded(cpu):
     assert record.mode == "timeslice"
 
 
-def test_torch_runs_with_the_threads_of_its_partition(cpu):
-    workload = parse("torchvision/resnet18", image_size=32, classes=10)
-    (record,) = run(workload, cpu.instances()[:1], cpu, duration=0.5, repeats=1).records
+def test_torch_runs_with_the_threads_of_its_partition(cpu, module):
+    module("""
+        import torch
+        def make(workload, device):
+            layer = torch.nn.Linear(64, 64)
+            return lambda: [layer(torch.ones(256, 64)) for _ in range(20)]
+    """)
+    (record,) = run(custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.2, repeats=1).records
     assert record.status == "ok", record.message
-    assert record.extra["facts"]["evaluation"] is True
     assert record.peak_memory_mib > 50
     assert record.host["torch"]
 
@@ -374,12 +382,39 @@ def test_simulated_numbers_follow_the_stated_law_and_are_marked_everywhere(tmp_p
     assert large.records[1].items_per_second is None
 
 
-def test_a_summary_pools_requests_and_leaves_contaminated_repeats_out(cpu):
-    result = run(sleep("2ms"), cpu.instances()[:1], cpu, duration=0.2, repeats=2)
-    first, second = result.records
-    result.records = [replace(first, contaminated="busy"), replace(second, contaminated="")]
-    summary = result.summary()
-    assert summary["items_per_second"] == second.items_per_second
-    assert summary["samples"] == second.samples
-    assert summary["clean_repeats"] == 1
+def test_a_summary_pools_requests_and_leaves_contaminated_repeats_out():
+    raws = {f"{r}{w}": np.full(100 + 50 * w, (1 + r + w) * 1_000_000) for r in range(3) for w in range(2)}
+    records = [
+        made(
+            repeat=r,
+            worker=w,
+            raw=f"{r}{w}",
+            items_per_second=10.0 + r,
+            contaminated="busy" if r == 0 else "",
+        )
+        for r in range(3)
+        for w in range(2)
+    ]
+    summary = measuring.Result(records, raws).summary()
+    assert summary["items_per_second"] == 23.0  # both workers: median of 22 and 24
+    assert summary["range"] == (22.0, 24.0)
+    pooled = np.concatenate([raws[f"{r}{w}"] for r in (1, 2) for w in range(2)]) / 1e6
+    assert summary["samples"] == len(pooled)
+    assert summary["latency_ms"]["p99"] == np.percentile(pooled, 99)
+    assert summary["clean_repeats"] == 2
     assert summary["contaminated"] == ["busy"]
+
+
+def test_the_energy_of_an_instance_is_an_estimate_and_the_boards_a_measurement(cpu):
+    """A board that reads 100 J more each second, and instances that are active in another measure."""
+    profiles = [replace(GPU, name="3g.20gb", slices=3), GPU]
+    parts = [
+        Part(Instance(profile, index, f"MIG-{index}", {"gi": index}), sleep("1ms"), Closed(), LAUNCH)
+        for index, profile in enumerate(profiles)
+    ]
+    seen = Window({"gpm0.sm_active": 0.5, "gpm1.sm_active": 0.5}, {"board.energy_joules_total": 100.0})
+    split = measuring._split(parts, seen)["energy_split"]
+    assert split["3g.20gb@0"]["joules"] == pytest.approx(75)
+    assert all(part["estimated"] for part in split.values())
+    assert measuring._split(parts, Window({"gpm0.sm_active": 0.5}, seen.differences)) == {}
+    assert measuring._split(parts, Window(seen.means, {"board.energy_joules_total": None})) == {}

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from migperf.errors import DeviceError
-from migperf.samplers import Recorder, device_activity
+from migperf.samplers import Recorder, device_activity, of_device
 from migperf.samplers.dcgm import DcgmSampler, field_number, read_page
 from migperf.samplers.gpm import GpmSampler
 from migperf.samplers.nvml import NvmlSampler, slowdowns
@@ -240,3 +240,18 @@ def test_gpm_gives_an_instances_activity_since_the_last_sample_and_frees_it():
     assert found["dram_active"] == 1.0
     assert "tensor_active" not in found
     assert len(api.samples) == 1
+
+
+def test_a_mig_device_is_read_as_a_board_and_by_instance_others_not_at_all():
+    class Hopper(FakeNvml):
+        def nvmlGpmQueryDeviceSupport(self, device):
+            return type("Support", (), {"isSupportedDevice": 1})()
+
+    class Backend:
+        kind, api, device = "nvml", Hopper(), None
+
+    assert [sampler.name for sampler in of_device(Backend(), (3, 9))] == ["board", "gpm3", "gpm9"]
+    Backend.api = FakeNvml()  # Ampere
+    assert [sampler.name for sampler in of_device(Backend(), (3, 9))] == ["board"]
+    Backend.kind = "simulated"
+    assert of_device(Backend()) == []

@@ -86,3 +86,18 @@ def summarize(latencies_ns: Int64[np.ndarray, " requests"]) -> Latency:
 def pooled(parts: Sequence[Int64[np.ndarray, " _"]]) -> Latency:
     """Summarize several measurements as one, from their raw latencies."""
     return summarize(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+
+
+def too_short_for_p99(rate: float, seconds: float) -> str:
+    """Return why a run at a known rate cannot have a p99, and how long would do; "" if it can.
+
+    >>> too_short_for_p99(20, 3)
+    '60 requests are expected in 3 s, p99 needs 100: 5 s would do'
+    """
+    expected = rate * seconds
+    if expected >= P99_LEAST:
+        return ""
+    return (
+        f"{expected:.0f} requests are expected in {seconds:g} s, p99 needs {P99_LEAST}: "
+        f"{P99_LEAST / rate:.3g} s would do"
+    )

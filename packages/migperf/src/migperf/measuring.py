@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from migperf import contamination, latency, loads, windows
+from migperf import contamination, energy, latency, loads, windows
 from migperf.backends import Backend, Instance
 from migperf.loads import CLOSED, Load, Open
 from migperf.parts import Part, assign, cell_name, name_of, own_schedule
@@ -215,7 +215,8 @@ class CellRun:
             ProcessSampler(f"worker{worker.index}", [worker.pid]) for worker in living(workers)
         ]
         found += [ProcessSampler("parent", [os.getpid()]), CpuSampler(cpus), PressureSampler()]
-        found += of_device(self.backend)
+        ids = {part.instance.handle["gi"] for part in self.parts if "gi" in part.instance.handle}
+        found += of_device(self.backend, sorted(ids))
         for part in self.parts:
             found += self.backend.samplers(part.instance)
         return found
@@ -246,6 +247,7 @@ class CellRun:
                 end = min(end, int(worker.done["end"]))
         seen = recorder.window(start, max(start, end))
         ours = [worker.pid for worker in workers]
+        split = _split(self.parts, seen)
         for worker in workers:
             part = self.parts[worker.index]
             if worker.failure is not None:
@@ -258,7 +260,7 @@ class CellRun:
                     peak_memory_mib=worker.done["peak_memory_mib"],
                     energy_joules=seen.differences.get("board.energy_joules_total"),
                     metrics={**record.metrics, **_of_worker(worker, seen)},
-                    extra={**record.extra, "facts": worker.ready["facts"], **_told(seen, recorder)},
+                    extra={**record.extra, "facts": worker.ready["facts"], **_told(seen, recorder), **split},
                     host={
                         **record.host,
                         **{k: worker.ready[k] for k in ("torch", "uuid") if k in worker.ready},
@@ -390,6 +392,18 @@ def _of_worker(worker: Worker, seen: Window) -> dict[str, float]:
             found[metric] = value
     counted = {k: v for k, v in seen.differences.items() if v is not None and k.startswith(("psi.", "cpus."))}
     return found | counted
+
+
+def _split(parts: Sequence[Part], seen: Window) -> dict[str, Any]:
+    """Return the board's energy by instance, an estimate from their activity, where that was read of all."""
+    active = {}
+    for part in parts:
+        share = seen.means.get(f"gpm{part.instance.handle.get('gi')}.sm_active")
+        if share is None:
+            return {}
+        active[name_of(part.instance)] = share, part.instance.profile.slices
+    found = energy.split(seen.differences.get("board.energy_joules_total"), active)
+    return {"energy_split": {name: asdict(estimate) for name, estimate in found.items()}} if found else {}
 
 
 def _told(seen: Window, recorder: Recorder) -> dict[str, Any]:

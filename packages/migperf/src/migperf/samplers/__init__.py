@@ -5,7 +5,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -143,23 +143,21 @@ def device_activity(parts: Sequence[tuple[float, int]], slices: int = 7) -> floa
     return round(sum(activity * size for activity, size in parts) / slices, 12)
 
 
-def of_device(backend: object, mig_handle: Mapping[str, int] | None = None) -> list[Sampler]:
+def of_device(backend: object, gpu_instances: Sequence[int] = ()) -> list[Sampler]:
     """Return the NVML samplers of a real GPU behind a backend; none for other devices.
 
     Args:
         backend: With `kind`, and NVML's calls as `api` and the GPU as `device`.
-        mig_handle: Ids of a GPU instance, for what is read of it alone.
+        gpu_instances: Ids of the GPU instances to read one by one, where the GPU can.
     """
-    if getattr(backend, "kind", "") not in ("nvml", "gpu"):
+    kind, api = getattr(backend, "kind", ""), getattr(backend, "api", None)
+    if kind not in ("nvml", "gpu") or api is None:
         return []
     from migperf.samplers.gpm import GpmSampler
     from migperf.samplers.nvml import NvmlSampler
 
-    api, device = getattr(backend, "api", None), getattr(backend, "device", None)
-    if api is None:
-        return []
-    found: list[Sampler] = [NvmlSampler(api, device, mig=getattr(backend, "kind", "") == "nvml")]
-    gi = (mig_handle or {}).get("gi")
+    device = getattr(backend, "device", None)
+    found: list[Sampler] = [NvmlSampler(api, device, mig=kind == "nvml")]
     if GpmSampler.supported(api, device):
-        found.append(GpmSampler(api, device, gi))
+        found += [GpmSampler(api, device, instance) for instance in gpu_instances or (None,)]
     return found
