@@ -135,7 +135,8 @@ def component_boxes(mask: Array, connectivity: Literal[4, 8] = 4) -> Array:
         raise InputError("expected 4 or 8", field="connectivity", value=connectivity)
     with needs_extra("vision"):
         from skimage.measure import label
-    labels, count = label(mask != 0, connectivity=1 if connectivity == 4 else 2, return_num=True)
+    labels = np.asarray(label(mask != 0, connectivity=1 if connectivity == 4 else 2), dtype=np.int64)
+    count = int(labels.max(initial=0))
     boxes = np.empty((count, 4), dtype=np.int64)
     boxes[:, :2] = mask.size
     boxes[:, 2:] = 0
