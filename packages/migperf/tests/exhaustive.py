@@ -60,7 +60,9 @@ def capacity(job: InferenceJob, table, layout, name: str) -> float:
         if memory is not None and cell.memory_mib is not None and 1.1 * cell.memory_mib > memory:
             continue
         kept = [load.rate for load in cell.open_loop if in_time(job, load)]
-        broken = [load.rate for load in cell.open_loop if not in_time(job, load) and load.status != "insufficient"]
+        broken = [
+            load.rate for load in cell.open_loop if not in_time(job, load) and load.status != "insufficient"
+        ]
         best = max([best, *kept])
         if cell.throughput is not None and max(broken, default=0.0) <= max(kept, default=0.0):
             best = max(best, estimated(job, batch, cell.throughput.middle))
