@@ -116,7 +116,8 @@ def test_curves_are_those_of_contours_traced_at_each_threshold():
     generator = np.random.default_rng(0)
     maps = np.stack([cv2.resize(generator.random((6, 6)), (SIDE, SIDE)) for _ in range(6)])
     truths = [
-        np.sort(generator.integers(0, SIDE, (2, 2, 2)), axis=1).reshape(2, 4) + [0, 0, 1, 1] for _ in maps
+        np.sort(generator.integers(0, SIDE, (2, 2, 2)), axis=1).reshape(2, 4) + np.array([0, 0, 1, 1])
+        for _ in maps
     ]
     taus = np.arange(0, 1, 0.05)
     made = WSOLEvaluator("full", contour_thresholds=taus)

@@ -54,6 +54,15 @@ def test_wrong_predictions_leave_the_pool_at_exactly_zero():
     assert model.classes_in_pool == 1
 
 
+def test_the_pool_takes_the_maps_of_the_forward_pass_and_not_those_of_changed_weights():
+    model = tiny.model()
+    out = model(tiny.images())
+    out.logits.sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    with pytest.raises(InputError, match=r"call update_pool before optimizer\.step\(\)"):
+        model.update_pool(out, out.predicted)
+
+
 def test_images_of_a_batch_do_not_see_each_others_update():
     model = tiny.with_pool(tiny.model())
     x = tiny.images()

@@ -28,7 +28,8 @@ class Checkpoint:
     history: list[dict[str, Any]]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    random: dict[str, Tensor]
+    running: dict[str, float]
+    """Sums of the epoch that is under way."""
     scaler: dict[str, float]
     """Of mixed precision in float16; empty else."""
 
@@ -56,8 +57,8 @@ def load_model(path: Path, backbone: nn.Module | None = None, pool: Path | None 
     """Read a model from a folder of `save_model`.
 
     Args:
-        path: The folder, or the weights in it (.safetensors, or .pt read with weights_only) beside
-        config.json. backbone: Where the model was made with a module of one's own.
+        path: The folder, or weights in it (.safetensors; .pt, read with weights_only) beside config.json.
+        backbone: Where the model was made with a module of one's own.
         pool: A file with the pool alone, for weights without one: the authors keep it beside them.
 
     Raises:
@@ -71,9 +72,7 @@ def load_model(path: Path, backbone: nn.Module | None = None, pool: Path | None 
         raise InputError("was made with a module of its own: give backbone", file=folder)
     options = spec.pop("backbone_options")
     try:
-        model = CICAM(
-            named if backbone is None else backbone, **spec, **(options if backbone is None else {})
-        )
+        model = CICAM(str(named), **spec, **options) if backbone is None else CICAM(backbone, **spec)
     except TypeError as error:
         raise InputError(f"does not describe a model: {error}", file=folder / CONFIG) from error
     file = folder / MODEL if path.is_dir() else path
@@ -84,7 +83,8 @@ def load_model(path: Path, backbone: nn.Module | None = None, pool: Path | None 
         beside = sorted(entry.name for entry in folder.glob("mask_train_*"))
         found = f" ({beside[0]} beside it looks like the pool of the authors' code)" if beside else ""
         raise InputError(
-            f"has no context pool{found}: give it with --pool FILE (pool=), a .safetensors or a tensor of torch.save",
+            f"has no context pool{found}: give it with --pool FILE (pool=), "
+            "a .safetensors or a tensor of torch.save",
             file=file,
         )
     if state["pool"].shape != model.pool.shape:
@@ -163,8 +163,8 @@ def _weights_only(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign file makes the reader stumble over
         raise InputError(
-            "cannot be read without running code from it, which is refused; where you trust it, load it yourself "
-            "and write it again with torch.save(tensor, file)",
+            "cannot be read without running code from it, which is refused; where you trust it, "
+            "load it yourself and write it again with torch.save(tensor, file)",
             file=path,
         ) from error
 
@@ -175,10 +175,10 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
     tensors = {
         f"{part}/{name}": value.detach().cpu().contiguous().clone()
-        for part in ("model", "optimizer", "random")
+        for part in ("model", "optimizer")
         for name, value in getattr(checkpoint, part).items()
     }
-    plain = {key: getattr(checkpoint, key) for key in ("step", "fingerprint", "history", "scaler")}
+    plain = {key: getattr(checkpoint, key) for key in ("step", "fingerprint", "history", "running", "scaler")}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"kdcicam-checkpoint": FORMAT, "state": json.dumps(plain)})
 
@@ -193,7 +193,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     if not path.is_file():
         raise InputError("there is no such checkpoint", file=path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -203,7 +203,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if metadata.get("kdcicam-checkpoint") != FORMAT:
             raise InputError(f"expected a kdcicam checkpoint of format {FORMAT}", file=path)
         state = json.loads(metadata["state"])
-        return Checkpoint(**state, **parts)
+        plain = {name: state[name] for name in ("step", "fingerprint", "history", "running", "scaler")}
+        return Checkpoint(model=parts["model"], optimizer=parts["optimizer"], **plain)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"is no whole kdcicam checkpoint: {error}", file=path) from error
 

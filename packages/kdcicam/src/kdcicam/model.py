@@ -33,6 +33,8 @@ class CICAMOutput:
     """f, of the backbone."""
     weight: Float[Tensor, "classes channels"] = field(repr=False)
     """W, shared by both branches."""
+    version: int = field(repr=False, default=-1)
+    """Of W at the forward pass: maps that are made later would silently be those of other weights."""
 
     @cached_property
     def cam(self) -> Float[Tensor, "batch classes h w"]:
@@ -129,6 +131,10 @@ class CICAM(nn.Module):
         self.combine: Combination = combine
         self.classifier = nn.Linear(channels, num_classes)
         self.context_conv = nn.Conv2d(num_classes, channels, 1)  # only its weight and bias are used
+        self.debiased = nn.Identity()
+        """Gives f' to hooks, such as those of pytorch-grad-cam."""
+        if not context:
+            self.context_conv.requires_grad_(False)
         self.register_buffer("pool", torch.zeros(num_classes, *found))
         self.skipped_updates = 0
         """Updates left out because a map was not finite, as after an overflow under mixed precision."""
@@ -153,16 +159,17 @@ class CICAM(nn.Module):
         self._check_map(feature, images)
         logits_raw = self.classifier(feature.mean((2, 3)))
         if not self.context:
-            return CICAMOutput(logits_raw, logits_raw, feature, feature, self.classifier.weight)
-        debiased = functional.intervene(
-            feature,
-            self.pool,
-            logits_raw.argmax(1),
-            self.context_conv.weight[:, :, 0, 0],
-            self.context_conv.bias,  # type: ignore[arg-type] it has one
-        )
+            return CICAMOutput(logits_raw, logits_raw, feature, feature, *self._shared())
+        weight, bias = self.context_conv.weight[:, :, 0, 0], self.context_conv.bias
+        assert bias is not None
+        debiased = functional.intervene(feature, self.pool, logits_raw.argmax(1), weight, bias)
+        debiased = self.debiased(debiased)
         logits = self.classifier(debiased.mean((2, 3)))
-        return CICAMOutput(logits, logits_raw, debiased, feature, self.classifier.weight)
+        return CICAMOutput(logits, logits_raw, debiased, feature, *self._shared())
+
+    def _shared(self) -> tuple[Tensor, int]:
+        weight = self.classifier.weight
+        return weight, -1 if weight.is_inference() else weight._version
 
     def raw_logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """The context-free branch alone: backbone and classifier, as the teachers' auxiliary terms use it."""
@@ -172,16 +179,21 @@ class CICAM(nn.Module):
     def update_pool(self, out: CICAMOutput, labels: Int[Tensor, " batch"]) -> Int[Tensor, ""]:
         """Take the images that the context-free branch gets right into the pool (section 3.3).
 
-        Call it once a step, after the forward pass. In several processes the sums are added up over all
-        first.
+        Call it once a step, after the forward pass and before ``optimizer.step()``. In several processes
+        the sums are added up over all first.
 
         Returns:
             How many images of this process were right.
 
         Raises:
-            InputError: Labels are no whole numbers 0 to K - 1.
+            InputError: Labels are no whole numbers 0 to K - 1, or the weights have changed since.
         """
         check_labels(labels, self.num_classes)
+        if out.version not in (-1, out.weight._version):
+            raise InputError(
+                "the weights have changed since the forward pass: call update_pool before optimizer.step()",
+                field="out",
+            )
         predicted = out.predicted
         maps = functional.class_maps(out.feature_raw.detach(), out.weight.detach(), labels)
         sums = functional.class_sums(maps, labels, predicted, self.num_classes)
