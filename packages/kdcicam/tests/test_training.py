@@ -88,8 +88,8 @@ def test_a_killed_run_resumes_to_the_same_last_bit(tmp_path: Path):
     assert same(resumed.checkpoint.optimizer, whole.checkpoint.optimizer)
     assert resumed.history == whole.history
     steps = []
-    train(tiny.model(3), DATA, settings(role="student", temperature_cls=4.0, temperature_loc=4.0), folder=tmp_path,
-          resume=True, progress=lambda *step: steps.append(step))  # fmt: skip
+    again = settings(role="student", temperature_cls=4.0, temperature_loc=4.0)
+    train(tiny.model(3), DATA, again, folder=tmp_path, resume=True, progress=lambda *done: steps.append(done))
     assert not steps  # a finished run is not trained on
 
 

@@ -97,6 +97,10 @@ ThresholdOption = Annotated[
     str,
     typer.Option(help="validation (chosen on other images), a share, or oracle.", callback=_threshold),
 ]
+Validation = Annotated[
+    float | None,
+    typer.Option(help="Share of training images for the threshold; else what training left out.", max=0.99),
+]
 Contours = Annotated[bool, typer.Option(help="Whether to count MaxBoxAcc.")]
 
 
@@ -251,7 +255,7 @@ def evaluate(
     protocol: ProtocolOption = "full",
     thr: ThresholdOption = "validation",
     resize: Resize = None,
-    validation: Annotated[float, typer.Option(help="Share of training images that thresholds see.")] = 0.1,
+    validation: Validation = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     contours: Contours = True,
     pool: Annotated[Path | None, typer.Option(help="Context pool, where the weights lack it.")] = None,
@@ -261,7 +265,8 @@ def evaluate(
 ) -> None:
     """Classification and localization on the test images, beside boxes that need no model."""
     rows = _evaluated(
-        {str(model): (model, ("ci-cam",))}, data, images, protocol, thr, resize, validation, batch_size, contours,
+        {str(model): (model, ("ci-cam",))},
+        data, images, protocol, thr, resize, validation, batch_size, contours,
         on_error, device, pool,
     )  # fmt: skip
     _show(rows, json)
@@ -278,7 +283,7 @@ def compare(
     protocol: ProtocolOption = "full",
     thr: ThresholdOption = "validation",
     resize: Resize = None,
-    validation: Annotated[float, typer.Option(help="Share of training images that thresholds see.")] = 0.1,
+    validation: Validation = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     contours: Contours = True,
     on_error: OnError = "raise",
@@ -301,7 +306,7 @@ def _evaluated(
     protocol: str,
     thr: str,
     resize: int | None,
-    validation: float,
+    validation: float | None,
     batch_size: int,
     contours: bool,
     on_error: str,
@@ -314,7 +319,6 @@ def _evaluated(
         from kdcicam.evaluation import evaluate as run
 
         test = load_images(data, "test", images=images)
-        held = load_images(data, "val", images=images, validation=validation) if thr == "validation" else None
         which: Any = protocol  # both are checked by their options
         chosen: Any = thr if thr in ("validation", "oracle") else float(thr)
         rows = []
@@ -322,7 +326,12 @@ def _evaluated(
             loaded = load_model(path, pool=pool)
             if loaded.num_classes != len(test.classes):
                 raise InputError(f"knows {loaded.num_classes} classes", file=path, value=len(test.classes))
-            role = read_config(path if path.is_dir() else path.parent)["notes"].get("role", "")
+            notes = read_config(path if path.is_dir() else path.parent)["notes"]
+            role, held = notes.get("role", ""), None
+            if thr == "validation":
+                # What the model was not trained on: a threshold of its own training images would flatter it.
+                share = notes.get("validation", 0.1) if validation is None else validation
+                held = load_images(data, "val", images=images, validation=share)
             total = len(test) + (0 if held is None else len(held))
             with _bar(f"evaluating {path.name}", total) as bar:
                 done = _Counter(bar)
@@ -383,7 +392,8 @@ def _show(rows: list[dict[str, Any]], json: Path | None) -> None:
     for row in rows:
         if row["unreadable"] or row["no_map"]:
             print(
-                f"{row['model']}, {row['map']}: {row['unreadable']} unreadable images, {row['no_map']} empty maps"
+                f"{row['model']}, {row['map']}: {row['unreadable']} unreadable images, "
+                f"{row['no_map']} empty maps"
             )
     if json is not None:
         files.write_json(json, rows)

@@ -63,9 +63,8 @@ def load_images(root: Path, split: str, *, images: Path | None = None, validatio
             of ``train/CLASS``, ``val/CLASS``, ``test/CLASS`` with boxes in ``SPLIT.json`` or ``boxes.json``.
         split: ``train``, ``val`` (images that thresholds are chosen on) or ``test``.
         images: For wsolevaluation: the folder that image ids are paths in.
-        validation: Share of the training images of each class that ``val`` takes out of ``train``, where
-        the data
-            set has no such split of its own. 0 leaves ``val`` empty.
+        validation: Share of the training images, every n-th, that ``val`` takes out of ``train`` where the
+            data set has no such split of its own. 0 leaves ``val`` empty.
 
     Raises:
         InputError: A file is missing, or a line or a box in one is wrong: the error names it.
@@ -163,7 +162,7 @@ def _label(text: str, classes: int, root: Path) -> int:
 
 
 def _held_out(parts: dict[str, Images], split: str, validation: float) -> Images:
-    """Return a split; ``val`` is every n-th training image of each class, and ``train`` the others."""
+    """Return a split; ``val`` is every n-th training image, and ``train`` the others."""
     if split == "test":
         if "test" not in parts:
             raise InputError("the data set has no test part", field="split", value=split)
@@ -171,11 +170,9 @@ def _held_out(parts: dict[str, Images], split: str, validation: float) -> Images
     if "train" not in parts:
         raise InputError("the data set has no training part", field="split", value=split)
     train = parts["train"]
-    seen: dict[int, int] = {}
     chosen, others = [], []
-    for index, label in enumerate(train.labels):
-        seen[label] = seen.get(label, 0) + 1
-        takes = int(seen[label] * validation + 1e-9) > int((seen[label] - 1) * validation + 1e-9)
+    for index in range(len(train)):
+        takes = int((index + 1) * validation + 1e-9) > int(index * validation + 1e-9)
         (chosen if takes else others).append(index)
     return replace(train.take(chosen if split == "val" else others), split=split)
 

@@ -113,10 +113,12 @@ class TrainingRun:
             record=write,
         )
         if main:
-            save_model(
-                trained.model, self.folder, {"role": self.settings.role, "classes": list(self.classes)}
-            )
+            save_model(trained.model, self.folder, self._notes())
         return trained
+
+    def _notes(self) -> dict[str, Any]:
+        kept = {name: getattr(self.settings, name) for name in ("role", "validation")}
+        return {**kept, "classes": list(self.classes)}
 
     def steps(self, images: Images) -> int:
         """Optimizer steps of the whole run."""
