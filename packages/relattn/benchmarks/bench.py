@@ -179,7 +179,7 @@ def selection_rows(tokens: int) -> Iterator[dict[str, Any]]:
     steered, plain, pplm = in_turns(calls, 2).min(0)
     passes = (cost.forward_passes + cost.backward_passes) / cost.steps
     what = f"one steered summary, 6+6 layers of width 512, 4 beams, 256 tokens to {tokens}"
-    yield row(what, steered, plain, "plain generate", version("transformers"), "s")
+    yield row(what, steered, plain, "the same without steering", version("relattn"), "s")
     yield row(what, steered, pplm, f"PPLM, {passes:.0f} passes a step", version("relattn"), "s")
 
 
