@@ -275,6 +275,33 @@ TRAIN = ["train", "--model", "csq/resnet8", "--data", "{data}", "--out", "{out}"
         ([*TRAIN, "--model", "timm/resnet18x"], "close ones: resnet18"),
         ([*TRAIN, "--model", "torchvision/vgg11", "--image-size", "8"], "does not take images of 3x8x8"),
         ([*TRAIN, "--model", "no_such_module:make"], "no such module"),
+        ([*TRAIN, "--model", "json:nothing"], "the module has no nothing"),
+        ([*TRAIN, "--model", "json:loads"], "cannot be made by a call without arguments: TypeError"),
+        ([*TRAIN, "--model", "sys:maxsize"], "cannot be made by a call without arguments: TypeError"),
+        ([*TRAIN, "--model", "builtins:dict"], "expected a torch.nn.Module, got dict"),
+        *(
+            ([*TRAIN, f"--{name}", value], f"{name}: expected")
+            for name in (
+                "lr",
+                "lam",
+                "alpha",
+                "weight-decay",
+                "clip-norm",
+                "search",
+                "float-share",
+                "target-bits",
+            )
+            for value in ("nan", "inf")
+        ),
+        ([*TRAIN, "--clip-norm", "0"], "clip-norm: expected a number above 0"),
+        ([*TRAIN, "--lam", "-1"], "lam: expected a number above 0"),
+        ([*TRAIN, "--search", "1.5"], "search: expected a share above 0, at most 1"),
+        ([*TRAIN, "--validation", "1"], "validation: expected a share above 0 and below 1"),
+        ([*TRAIN, "--shift", "32"], "shift: expected less than an image's side, 32"),
+        ([*TRAIN, "--act-bits", "17"], "1 to 16 bits an activation"),
+        ([*TRAIN, "--method", "hawq", "--target-bits", "0.9"], "hawq gives each layer 1 to 8 bits"),
+        ([*TRAIN, "--n-bits", "2", "--target-bits", "3"], "expected 0.5 to 2 bits for 2 planes"),
+        (["train", "--out", "{out}", "--resume"], "holds no run to go on with"),
         (["harden", "{data}", "--out", "x.safetensors"], "a folder that csq train wrote"),
         (["harden", "{trained}", "--out", "x.bin"], "ends in .safetensors"),
         (["harden", "{trained}", "--out", "{out}/no/x.safetensors"], "there is no folder"),

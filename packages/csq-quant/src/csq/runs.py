@@ -108,6 +108,10 @@ class TrainingRun:
         count = len(data.train.labels)
         epoch = count // min(settings.batch_size, count)
         shape = data.shape
+        if settings.shift >= min(shape[1:]):
+            raise InputError(
+                f"expected less than an image's side, {min(shape[1:])}", field="shift", value=settings.shift
+            )
         run = cls(
             folder, settings, data.classes, (shape[0], shape[1], shape[2]), data.mean, data.std,
             settings.epochs * epoch, epoch,

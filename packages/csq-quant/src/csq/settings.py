@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +12,22 @@ from shared_core import InputError
 MethodName = Literal["csq", "csq-uniform", "lsq", "ste", "bsq", "hawq", "random", "float"]
 FLOAT_SHARE = 0.15
 """Float steps before methods that need a trained model, where no weights are given."""
+
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("epochs", lambda x: x >= 1, "at least 1"),
+    ("batch_size", lambda x: x >= 1, "at least 1"),
+    ("lr", lambda x: x > 0, "a number above 0"),
+    ("weight_decay", lambda x: x >= 0, "a number, at least 0"),
+    ("clip_norm", lambda x: x > 0, "a number above 0"),
+    ("shift", lambda x: x >= 0, "at least 0"),
+    ("lam", lambda x: x > 0, "a number above 0"),
+    ("search", lambda x: 0 < x <= 1, "a share above 0, at most 1"),
+    ("alpha", lambda x: x >= 0, "a number, at least 0"),
+    ("float_share", lambda x: 0 <= x < 1, "a share below 1"),
+    ("validation", lambda x: 0 < x < 1, "a share above 0 and below 1"),
+)
+"""What numbers may be; no NaN, no infinity."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +67,29 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise InputError("expected at least 1", field="epochs", value=self.epochs)
-        if self.method in ("csq-uniform", "lsq", "ste") and self.target_bits not in range(1, 9):
+        for name, fits, wanted in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                raise InputError(f"expected {wanted}", field=name.replace("_", "-"), value=value)
+        self._check_target()
+
+    def _check_target(self) -> None:
+        uniform, whole = ("csq-uniform", "lsq", "ste"), ("hawq", "random")
+        if self.method in uniform and self.target_bits not in range(1, 9):
             raise InputError(
                 f"{self.method} gives all layers the same whole number of bits, 1 to 8",
                 field="target-bits",
                 value=self.target_bits,
             )
-        if not 0 < self.target_bits <= (9 if self.budget == "bytes" else 8):
-            raise InputError("expected above 0, at most 8", field="target-bits", value=self.target_bits)
-        if self.float_share is not None and not 0 <= self.float_share < 1:
-            raise InputError("expected a share below 1", field="float-share", value=self.float_share)
+        if self.method in whole and not 1 <= self.target_bits <= 8:
+            raise InputError(
+                f"{self.method} gives each layer 1 to 8 bits: expected an average of those",
+                field="target-bits",
+                value=self.target_bits,
+            )
+        most = 9 if self.budget == "bytes" else 8
+        if not 0 < self.target_bits <= most:
+            raise InputError(f"expected above 0, at most {most}", field="target-bits", value=self.target_bits)
 
     @property
     def first_share(self) -> float:

@@ -115,13 +115,21 @@ def _own(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
         sys.path.insert(0, str(Path.cwd()))  # the user's own module, as `python -m` finds it
     module_name, _, attribute = name.partition(":")
     try:
-        model = getattr(importlib.import_module(module_name), attribute)()
+        maker = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
         if error.name != module_name:
-            raise
+            raise InputError(f"needs a module {error.name}", field="model", value=name) from error
         raise InputError("there is no such module here", field="model", value=name) from error
     except AttributeError as error:
         raise InputError(f"the module has no {attribute}", field="model", value=name) from error
+    except Exception as error:  # whatever the user's module raises
+        raise InputError(f"cannot be imported: {_named(error)}", field="model", value=name) from error
+    try:
+        model = maker()
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(
+            f"cannot be made by a call without arguments: {_named(error)}", field="model", value=name
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}", field="model", value=name)
     return model
@@ -209,6 +217,10 @@ def load_weights(model: nn.Module, file: Path, classes: int) -> None:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,89 @@
+"""Options that the commands share, and their checks. No torch here: help answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from csq.settings import MethodName, Settings
+
+METHODS = get_args(MethodName)
+DEFAULTS = {field.name: field.default for field in fields(Settings)}
+
+
+def one_of(*known: str) -> Any:
+    """Check that an option is one of these words."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value!r}")
+        return value
+
+    return check
+
+
+def model_name(value: str | None) -> str | None:
+    """Check the form of a model's name."""
+    family, _, name = (value or "csq/x").partition("/")
+    if not (family in ("csq", "torchvision", "timm") and name) and ":" not in str(value):
+        raise typer.BadParameter(
+            f"expected csq/resnet20, torchvision/NAME, timm/NAME or module:callable, got {value!r}"
+        )
+    return value
+
+
+def numbers(value: str | None) -> str | None:
+    """Check for finite numbers with commas between."""
+    try:
+        if not all(math.isfinite(float(part)) for part in (value or "0").split(",")):
+            raise ValueError(value)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected numbers with commas between, as 0.5,0.5,0.5; got {value!r}"
+        ) from error
+    return value
+
+
+def suffix_of(*suffixes: str) -> Any:
+    """Check how a file's name ends."""
+
+    def check(value: Path | None) -> Path | None:
+        if value is not None and value.suffix not in suffixes:
+            raise typer.BadParameter(
+                f"expected a file name that ends in {' or '.join(suffixes)}, got {value}"
+            )
+        return value
+
+    return check
+
+
+def setting(name: str, help_: str, known: tuple[str, ...] = (), **more: Any) -> Any:
+    """An option whose default is that of `Settings`: None says that it was not given."""
+    if known:
+        more["callback"] = lambda value: value if value is None else one_of(*known)(value)
+    return typer.Option(help=help_, show_default=str(DEFAULTS[name]), **more)
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder with train/ and test/ (or val/) of class folders, CIFAR-10's binary files or MNIST's "
+        "idx files; or digits, mnist5k."
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the numbers to this file, too.", dir_okay=False)
+]
+RunOrFile = Annotated[
+    Path, typer.Argument(help="Folder of `csq train`, or a file of `csq harden`.", exists=True)
+]
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a table shows it; nothing for none."""
+    return "" if share is None else f"{100 * share:.2f} %"
