@@ -103,11 +103,14 @@ def test_contiguous_projects_schemes_to_runs():
 class TestReport:
     @pytest.mark.filterwarnings("ignore:hardened at temperature")
     def test_counts_all_weights_first_last_and_shortcut_included(self):
-        model = csq.parametrize(torchvision.models.resnet18(num_classes=5), n_bits=3)
+        def resnet10() -> nn.Module:
+            return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1] * 4, num_classes=5)
+
+        model = csq.parametrize(resnet10(), n_bits=3)
         for planes in csq.bit_layers(model).values():
             planes.set_live(torch.tensor([False, True, True]), fix=True)
         found = csq.harden(model).report
-        plain = torchvision.models.resnet18(num_classes=5)
+        plain = resnet10()
         kinds = (nn.Conv2d, nn.Linear)
         assert found.weights == sum(m.weight.numel() for m in plain.modules() if isinstance(m, kinds))
         assert {"conv1", "fc", "layer2.0.downsample.0"} <= {layer.name for layer in found.layers}

@@ -103,24 +103,30 @@ class _StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """The model of a run without a break."""
+    trainer = _trainer(tmp_path_factory.mktemp("whole"))
+    add_schedule(trainer, 3.0, lam=0.3, on_miss="settle")
+    trainer.train()
+    return trainer.model
+
+
 @pytest.mark.parametrize("stop", [6, 14])  # in the search, which ends at 12, and after it
 def test_a_run_resumed_from_the_trainers_checkpoint_ends_like_one_without_a_break(
-    stop: int, tmp_path: Path
+    stop: int, whole: nn.Module, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"lam": 0.3, "on_miss": "settle"}
-    whole = _trainer(tmp_path / "whole")
-    add_schedule(whole, 3.0, **options)
-    whole.train()
-    broken = _trainer(tmp_path / "broken", save_steps=stop)
+    broken = _trainer(tmp_path, save_steps=stop)
     add_schedule(broken, 3.0, **options)
     broken.add_callback(_StopAt(stop))
     broken.train()
-    assert not _same(broken.model, whole.model)
-    resumed = _trainer(tmp_path / "broken", save_steps=stop)
+    assert not _same(broken.model, whole)
+    resumed = _trainer(tmp_path, save_steps=stop)
     add_schedule(resumed, 3.0, **options)
     resumed.train(resume_from_checkpoint=True)
-    assert _same(resumed.model, whole.model)
-    assert _scheme(resumed.model) == _scheme(whole.model)
+    assert _same(resumed.model, whole)
+    assert _scheme(resumed.model) == _scheme(whole)
 
 
 def test_resuming_with_another_target_is_refused(tmp_path: Path) -> None:
