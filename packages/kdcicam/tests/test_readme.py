@@ -1,4 +1,4 @@
-"""Every Python example of README.md and of the docstrings runs, and its commands have options that there are."""
+"""Every Python example of README.md and of docstrings runs; the options of its commands exist."""
 
 from __future__ import annotations
 

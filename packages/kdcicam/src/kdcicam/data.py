@@ -346,9 +346,8 @@ def coco_boxes(path: Path) -> dict[str, Array]:
     """Boxes xyxy of each file name in COCO's JSON (``images`` and ``annotations`` with ``bbox`` x, y, w, h).
 
     Raises:
-        InputError: It is no such file, or a box is wrong; xyxy in place of xywh is recognized where it
-        reaches
-            outside the image.
+        InputError: It is no such file, or a box is wrong; xyxy in place of xywh is recognized where
+            it reaches outside the image.
     """
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))

@@ -63,9 +63,8 @@ def evaluate(
         contours: Whether to count MaxBoxAcc.
 
     Raises:
-        InputError: A method is none, no image has a box, or the threshold needs validation images that are
-        not
-            there.
+        InputError: A method is none, no image has a box, or the threshold needs validation images that
+            are not there.
     """
     for name in methods:
         if name not in BASELINES:

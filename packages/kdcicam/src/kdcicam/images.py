@@ -72,9 +72,9 @@ class Augmentation:
     (resized). Then ``flip``, ``jitter:S`` (brightness, contrast, saturation), ``lighting`` (PCA noise),
     ``randaugment:N,M``.
 
-    >>> Augmentation.parse("resize:336+flip")
-    Augmentation(kind='resize', scale=(1.0, 1.0), resize=336, flip=True, jitter=0.0, lighting=False,
-    rand=None)
+    >>> read = Augmentation.parse("resize:336+flip")
+    >>> read.kind, read.resize, read.flip
+    ('resize', 336, True)
     """
 
     kind: str = "whole"

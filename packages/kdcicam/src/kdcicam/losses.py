@@ -40,8 +40,8 @@ def distillation(
         teacher: Logits; no gradient goes there.
         temperature: T.
         kl: Which.
-        t_squared: Multiply by T^2 (Hinton's), which keeps the gradient's size as T grows. The method has
-        it not.
+        t_squared: Multiply by T^2 (Hinton's), which keeps the gradient's size as T grows. The method
+            has it not.
 
     >>> z = torch.tensor([[1.0, 2.0, 3.0]])
     >>> distillation(z, z, 15.0).item()
@@ -175,10 +175,9 @@ class ClassifierLoss:
     L = CE(z, label) + CE(z', label) + eta * auxiliary + rho * area.
 
     Args:
-        auxiliary: ``none`` (CI-CAM); ``fore``: CE(u_f); ``diff_aux``: CE(u_f - u_b) + CE(((u_f - u_b) +
-        z')/2),
-            where u_f and u_b are the context-free logits of the image with only its foreground or only the
-            rest.
+        auxiliary: ``none`` (CI-CAM); ``fore``: CE(u_f); ``diff_aux``: CE(u_f - u_b) + CE(((u_f - u_b)
+            + z')/2), where u_f and u_b are the context-free logits of the image with only its foreground or
+            only the rest.
         eta: Weight of the auxiliary terms.
         area: rho, weight of the mean of the combinational map.
         area_mode: 1 takes the map as it is, 2 after upsampling to the image.

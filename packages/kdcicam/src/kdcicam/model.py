@@ -76,9 +76,8 @@ class CICAM(nn.Module):
     Args:
         backbone: See `kdcicam.backbones.build_backbone`.
         num_classes: K.
-        map_size: Height and width of the backbone's map; found by one pass over an image of `image_size`
-        where
-            None.
+        map_size: Height and width of the backbone's map; found by one pass over an image of
+            `image_size` where None.
         image_size: Side of the images, 299 for InceptionV3 and 224 else.
         update_rate: lambda of the pool's update.
         combine: How class maps make the map that is boxed; ``quadratic`` is the paper's for CUB and ``sum_1``
