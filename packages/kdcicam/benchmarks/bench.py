@@ -107,13 +107,12 @@ def context_rows() -> list[dict[str, Any]]:
     with torch.no_grad():
         torch.testing.assert_close(ours(), dense(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(one_map(), all_maps(), rtol=1e-3, atol=1e-2)
-        made = [
+        return [
             row("context branch, 1,000 classes, 1,024 channels", 1e3 * seconds(ours), 1e3 * seconds(dense),
                 "dense 1x1 convolution", torch.__version__),
             row("combinational map, 1,000 classes", 1e3 * seconds(one_map), 1e3 * seconds(all_maps),
                 "combining all class maps", torch.__version__),
         ]  # fmt: skip
-    return made
 
 
 def step_rows(width: int, size: int) -> list[dict[str, Any]]:
@@ -145,12 +144,12 @@ def step_rows(width: int, size: int) -> list[dict[str, Any]]:
     ]
     student = TwoTeacherLoss()(model(images), labels, flags, *teachers(images, flags))
     assert student["loss"].isfinite()
-    made = [
+    return [
         row(f"context branch and pool in a step of VGG16/{64 // width} at {size}, 1,000 classes",
             1e3 * seconds(context), 1e3 * seconds(step, 3), "the whole step", torch.__version__),
-        row("teachers' forwards a batch", 1e3 * both[0], 1e3 * both[1], "both on every image", torch.__version__),
+        row("teachers' forwards a batch", 1e3 * both[0], 1e3 * both[1], "both on every image",
+            torch.__version__),
     ]  # fmt: skip
-    return made
 
 
 def main() -> None:
