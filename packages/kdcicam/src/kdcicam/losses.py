@@ -260,7 +260,7 @@ class Teachers(nn.Module):
         student: Checked against: same classes and map size.
 
     Raises:
-        InputError: A teacher does not fit the student, or its pool is empty.
+        InputError: A teacher does not fit the student.
     """
 
     def __init__(self, cls: CICAM | None, loc: CICAM | None, student: CICAM) -> None:
