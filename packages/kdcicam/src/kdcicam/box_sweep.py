@@ -37,7 +37,8 @@ class ComponentSweep:
 
 def levels_of(values: Array, cuts: Array) -> Array:
     """For each value, how many of the ascending `cuts` it is above: strictly, so a value at a cut is not."""
-    return np.searchsorted(cuts, values.ravel(), side="left").reshape(values.shape).astype(np.uint16)
+    kind = np.uint8 if len(cuts) < 2**8 else np.uint16
+    return np.searchsorted(cuts, values.ravel(), side="left").reshape(values.shape).astype(kind)
 
 
 def sweep_components(

@@ -212,7 +212,8 @@ def _holes(levels: Array, cuts: int) -> tuple[Array, Array]:
 
     Such a contour runs over the pixels around the hole, so its box is one pixel larger on each side.
     """
-    ground = np.pad(cuts - levels.astype(np.int64), 1, constant_values=cuts).astype(np.uint16)
+    ground = np.full((levels.shape[0] + 2, levels.shape[1] + 2), cuts, dtype=levels.dtype)
+    np.subtract(levels.dtype.type(cuts), levels, out=ground[1:-1, 1:-1])
     sweep = sweep_components(ground, cuts, 4)
     inside = sweep.boxes[:, 0] > 0
     boxes = sweep.boxes[inside] + np.array([-2, -2, 0, 0])
