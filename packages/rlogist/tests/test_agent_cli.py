@@ -54,6 +54,7 @@ def test_extract_train_predict_evaluate_report(world, tmp_path, capsys):
     assert judged["slides"] == 4
     assert judged["auc_interval"][0] <= judged["auc"] <= judged["auc_interval"][1]
     assert judged["observation_ratio"] == pytest.approx(found["observation_ratio"])
+    assert judged["deep_pixel_ratio"] == pytest.approx(found["observation_ratio"])
     page = tmp_path / "r.html"
     assert run(capsys, "report", slides / "s1.tif", "--model", model, "--out", page, "--exhaustive")[0] == 0
     assert "all regions at depth" in page.read_text()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import stat
@@ -111,6 +112,17 @@ def test_an_output_that_cannot_be_written_is_told(folder, tmp_path, capsys):
     code, _, errors = run(capsys, "segment", folder, "--out", out, "--patch", 32)
     assert code == 2
     assert "Traceback" not in errors
+
+
+def test_an_output_on_a_read_only_disk_is_told(folder, tmp_path, capsys, monkeypatch):
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for arguments in (("segment", folder), ("demo-slides",)):
+        code, _, errors = run(capsys, *arguments, "--out", tmp_path / "o")
+        assert (code, errors.count("\n")) == (2, 1)
+        assert "cannot be made or written to: Read-only file system" in errors
 
 
 def test_an_output_that_is_a_file_is_told(folder, tmp_path, capsys):

@@ -65,6 +65,16 @@ def test_two_episodes_have_the_same_start_and_the_first_does_not_touch_features(
     assert torch.equal(env.slides[0].scan(), before)
 
 
+def test_the_label_is_in_the_reward_and_in_nothing_that_is_observed(env):
+    other = SlideEnv(env.slides, env.modules, [1 - label for label in env.labels], rho=0.3)
+    for own in (env, other):
+        own.reset(options={"slide": 0})
+    for row in range(3):
+        (state, reward, *_), (same, opposite, *_) = env.step(np.int64(row)), other.step(np.int64(row))
+        assert np.array_equal(state, same)
+        assert reward != opposite
+
+
 def test_improvements_of_cross_entropy_add_up_to_the_whole(env):
     env.reset(options={"slide": 1})
     start = torch.tensor(env.episode.probability)[env.labels[1]].log().item()

@@ -72,6 +72,7 @@ def test_the_ledger_has_t_times_k_times_patch_squared_deep_pixels(model, path):
     assert found.ledger.total("deep", "prefetch").pixels == looks * 16 * 32**2
     assert found.ledger.total("deep").reads == looks
     assert found.ledger.total("scan").reads == found.regions
+    assert found.deep_pixel_ratio == looks / found.regions
 
 
 def test_the_network_sees_only_the_scan_and_what_was_looked_at(model, path):
@@ -113,7 +114,21 @@ def test_every_strategy_reads_and_exhaustive_reads_all(model, path):
         assert found.observation_ratio == pytest.approx(0.2, abs=1 / found.regions)
     whole = model.predict(Slide(path, patch=32), strategy="exhaustive")
     assert whole.looks == whole.regions
+    for one in (found, whole):  # both times include finding tissue and the scan
+        assert [one.ledger.total(kind).reads for kind in ("segment", "scan")] == [1, one.regions]
+        assert one.seconds > one.ledger.total().seconds
     assert sum(whole.probability) == pytest.approx(1)
+
+
+def test_a_slide_of_one_region_is_looked_at_once(model):
+    g = np.random.default_rng(0)
+    scan, deep = g.normal(size=(1, 36)), g.normal(size=(1, 16, 36))
+    one = rlogist.SlideFeatures(
+        np.zeros((1, 2), np.int64), scan.astype(np.float32), deep.astype(np.float32), np.arange(1)
+    )
+    found = model.predict(one, rho=0.01)
+    assert (found.looks, found.observation_ratio) == (1, 1.0)
+    assert sum(found.probability) == pytest.approx(1)
 
 
 def test_a_confident_reading_may_stop_early(model, path):
@@ -140,6 +155,12 @@ def test_a_damaged_region_is_noted_on_the_path_and_the_reading_goes_on(model, pa
     assert "is damaged" in found.path[0].damaged
     assert found.looks == whole.looks
     assert any("is damaged" in note for note in found.ledger.notes)
+
+
+def test_a_slide_whose_scan_is_damaged_everywhere_is_no_glass(model, path):
+    damage(path, page=1, tile=0)  # the scan's level has this tile only
+    with pytest.raises(InputError, match=r"a is damaged: none of its \d+ regions can be read"):
+        model.predict(Slide(path, patch=32))
 
 
 def test_glass_is_no_tissue_and_no_class(model, tmp_path):

@@ -191,6 +191,7 @@ def test_one_level_is_scanned_from_deep_pixels_once_with_a_warning(tmp_path: Pat
     scan = slide.scan_patch(2)
     block = slide.read_region_block(2)
     assert slide.ledger.total("scan", "deep").reads == 1  # the same pixels are not read twice
+    assert slide.deep_share(slide.ledger) == 1 / len(slide.regions)  # the scan's pixels are deep ones
     whole = block.reshape(4, 4, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(256, 256, 3)
     means = whole.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
     assert abs(scan - means).max() <= 0.51
@@ -233,6 +234,20 @@ def test_damaged_scan_regions_are_left_out(tmp_path: Path):
     assert set(kept) | set(slide.unreadable) == set(range(len(slide.regions)))
     assert slide.unreadable
     assert kept
+
+
+def test_a_damaged_level_costs_the_picture_its_sharpness_only(tmp_path: Path):
+    path = tissue_slide(tmp_path / "x.tif")
+    whole = Slide(path).thumbnail(256)
+    damage(path, page=1, tile=0)
+    slide = Slide(path)
+    picture = slide.thumbnail(256)
+    assert picture.shape == whole.shape
+    assert abs(picture.astype(int) - whole).mean() < 12
+    assert "level 1 is damaged" in slide.ledger.notes[0]
+    damage(path, page=2, tile=0)
+    with pytest.raises(InputError, match="no level from 1 on gives a whole picture"):
+        Slide(path).thumbnail(256)
 
 
 def test_a_slide_without_tissue_has_no_regions(tmp_path: Path):

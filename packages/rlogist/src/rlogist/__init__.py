@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlogist.prediction import Prediction
     from rlogist.report import write_report
     from rlogist.slides import Slide
-    from rlogist.sources import Bag, FeatureSource, bag_of
+    from rlogist.sources import Bag, CachedSource, FeatureSource, SlideSource, bag_of
     from rlogist.staged import StagedSettings
     from rlogist.tissue import Segmentation
 
@@ -51,6 +51,8 @@ __all__ = [
     "Bag",
     "bag_of",
     "FeatureSource",
+    "SlideSource",
+    "CachedSource",
     "Modules",
     "SlideEnv",
     "BatchedFeatureVecEnv",
@@ -80,6 +82,8 @@ _HOME = {
     "Bag": "sources",
     "bag_of": "sources",
     "FeatureSource": "sources",
+    "SlideSource": "sources",
+    "CachedSource": "sources",
     "SlideEnv": "environment",
     "BatchedFeatureVecEnv": "batched",
     "make_store": "batched",

@@ -11,7 +11,7 @@ import numpy as np
 from rlogist.annotations import read_annotations
 from rlogist.evaluate import accuracy, auc, auc_interval, f1, hit_rate
 from rlogist.features import read_features
-from rlogist.layouts import SlideRecord, read_labels, split_patients
+from rlogist.layouts import SlideRecord, output_folder, read_labels, split_patients
 from rlogist.model import Reading, RLogist
 from rlogist.report import write_report
 from rlogist.slide_jobs import Encoding, Job
@@ -53,7 +53,7 @@ def predict_slide(job: AgentJob) -> dict[str, object]:
     model = load_model(job.model, job.encoding)
     with job.opening.open(job.slide) as slide:
         found = model.predict(slide, rho=job.rho, strategy=job.strategy)
-        job.out.parent.mkdir(parents=True, exist_ok=True)
+        output_folder(job.out.parent)
         stored = {**found.to_dict(), "footprint": slide.geometry.scan.footprint}
         files.write_json(job.out.with_name(job.out.name + ".json"), stored)
         if job.report:
@@ -162,6 +162,7 @@ def judge(
         "accuracy": accuracy(probability, label),
         "f1": f1(probability, label),
         "observation_ratio": float(np.mean([own["observation_ratio"] for _, own in read])),
+        "deep_pixel_ratio": float(np.mean([own["deep_pixel_ratio"] for _, own in read])),
         "seconds": float(np.mean([own["seconds"] for _, own in read])),
         "reads": float(np.mean([own["reads"] for _, own in read])),
     }

@@ -20,6 +20,7 @@ from rlogist.extractors import Extractor, load_extractor
 from rlogist.features import SlideFeatures
 from rlogist.foreseeing import ForeseeRegions
 from rlogist.full_observation import FullObservation, fit_scale
+from rlogist.layouts import output_folder
 from rlogist.ledger import ReadLedger
 from rlogist.mixed_states import MixedStates
 from rlogist.modules import Architecture, Critic, Modules, Policy, Update, seeded
@@ -193,8 +194,9 @@ class RLogist:
             seed: Of the strategy `random`.
 
         Raises:
-            InputError: Not trained, rho or confidence out of range, features of another extractor, or a slide
-                that was opened with another patch size or other magnifications than those of training.
+            InputError: Not trained, rho or confidence out of range, features of another extractor, a slide
+                that was opened with another patch size or other magnifications than those of training, or one
+                whose regions are all damaged.
         """
         started = perf_counter()
         rho = 1.0 if strategy == "exhaustive" else self.rho if rho is None else rho
@@ -207,6 +209,8 @@ class RLogist:
         before = source.ledger.copy()
         count = len(source.region_index)
         total = len(slide.regions) if isinstance(slide, Slide) else count
+        if total and not count:
+            raise InputError(f"{source.name} is damaged: none of its {total} regions can be read at the scan")
         if not count:
             return self._answer(source, None, total, rho, started, before)
         episode = Episode(source, self.modules, episode_length(count, rho), self.update)
@@ -219,10 +223,10 @@ class RLogist:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors` to a folder, which is made."""
         networks = self._trained_networks()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with files.atomic_path(Path(folder) / "model.safetensors") as temporary:
+        target = output_folder(folder)
+        with files.atomic_path(target / "model.safetensors") as temporary:
             save_file({key: value.contiguous() for key, value in networks.state_dict().items()}, temporary)
-        files.write_json(Path(folder) / "config.json", self._config())
+        files.write_json(target / "config.json", self._config())
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], extractor: Extractor | None = None) -> "RLogist":
@@ -334,6 +338,7 @@ class RLogist:
             seconds=perf_counter() - started,
             ledger=ledger,
             rho=rho,
+            deep_pixel_ratio=source.slide.deep_share(ledger) if isinstance(source, SlideSource) else None,
         )
 
     def _trained_networks(self) -> nn.ModuleDict:

@@ -24,6 +24,8 @@ class Prediction:
         seconds: Wall time with opening's segmentation, scan, networks.
         ledger: What was read for this answer; its notes are all that is known of the slide.
         rho: Share of regions that was asked for.
+        deep_pixel_ratio: Pixels read at depth / those of all regions; None for features that were read
+            earlier.
     """
 
     slide: str
@@ -38,6 +40,7 @@ class Prediction:
     seconds: float
     ledger: ReadLedger
     rho: float
+    deep_pixel_ratio: float | None = None
 
     @property
     def prob(self) -> float:
@@ -79,6 +82,7 @@ class Prediction:
             "regions": self.regions,
             "looks": self.looks,
             "observation_ratio": self.observation_ratio,
+            "deep_pixel_ratio": self.deep_pixel_ratio,
             "region_index": self.region_index,
             "attention": self.attention,
             "seconds": self.seconds,

@@ -176,14 +176,42 @@ class Slide:
         grid = block.reshape(side, patch, side, patch, 3).transpose(0, 2, 1, 3, 4)
         return np.ascontiguousarray(grid.reshape(side * side, patch, patch, 3))
 
+    def deep_share(self, ledger: ReadLedger) -> float:
+        """Share of all regions' pixels at depth that a ledger says were read, 0 without regions.
+
+        Where the scan is made from deep pixels (one level only), those count: nothing was saved.
+        """
+        if not len(self.regions):
+            return 0.0
+        kinds: tuple[Purpose, ...] = ("scan", "deep", "prefetch")
+        at_depth = [
+            tally.pixels
+            for (purpose, level), tally in ledger.entries().items()
+            if purpose in kinds and level == self.geometry.deep.level
+        ]
+        return sum(at_depth) / (len(self.regions) * self._block_pixels() ** 2)
+
     def thumbnail(self, longest: int = 1024) -> Pixels:
-        """The whole slide, its longer side about `longest` pixels, from the nearest finer level."""
+        """The whole slide, its longer side about `longest` pixels, from the nearest finer level.
+
+        Where that level is damaged, a coarser one gives the picture, with a note in the ledger.
+
+        Raises:
+            InputError: All these levels are damaged.
+        """
         width, height = self.size
         factor = max(max(width, height) / longest, 1.0)
-        level = self.levels[self._handle.get_best_level_for_downsample(factor)]
-        image = self._read("picture", (0, 0), level.index, (level.width, level.height))
         target = (max(1, round(width / factor)), max(1, round(height / factor)))
-        return cv2.resize(image, target, interpolation=cv2.INTER_AREA)  # pyright: ignore[reportReturnType]
+        first = self._handle.get_best_level_for_downsample(factor)
+        for level in self.levels[first:]:
+            try:
+                image = self._read("picture", (0, 0), level.index, (level.width, level.height))
+            except OpenSlideError as error:
+                self.ledger.note(f"{self.path.name}: level {level.index} is damaged: {error}")
+                continue
+            how = cv2.INTER_AREA if level.width >= target[0] else cv2.INTER_LINEAR
+            return cv2.resize(image, target, interpolation=how)  # pyright: ignore[reportReturnType]
+        raise InputError(f"damaged: no level from {first} on gives a whole picture", file=self.path)
 
     def close(self) -> None:
         """Close the file and drop what was cached."""
@@ -216,11 +244,17 @@ class Slide:
         plane, side, patch = self.geometry.deep, self.geometry.side, self.geometry.patch
 
         def read() -> Pixels:
-            level = self.levels[plane.level]
-            exact = patch * side if plane.read == patch else round(self.regions.footprint / level.downsample)
-            return _resized(self._read_region(region, purpose, plane.level, exact), patch * side)
+            pixels = self._read_region(region, purpose, plane.level, self._block_pixels())
+            return _resized(pixels, patch * side)
 
         return self._cache.get(("deep", region), read)
+
+    def _block_pixels(self) -> int:
+        """Side of a region in pixels of the level that deep looks read."""
+        plane, side, patch = self.geometry.deep, self.geometry.side, self.geometry.patch
+        if plane.read == patch:
+            return patch * side
+        return round(self.regions.footprint / self.levels[plane.level].downsample)
 
     def _read_region(self, region: int, purpose: Purpose, level: int, pixels: int) -> Pixels:
         if region in self.unreadable:
