@@ -16,7 +16,7 @@ Protocol, fixed on the development half before any run on the final half:
 - Choices (`CHOICES`), by the mean accuracy over both sizes. Each setting ran at two seeds, one a size; the
   best two or three of a method ran again at two more seeds and both sizes, so 6 runs. The optimizer was a
   choice of each method: SGD with momentum 0.9, or AdamW. Settings tried on ResNet-20 / on the Mixer:
-  - csq, 32 / 35: SGD at 0.02 to 0.4, AdamW at 0.003 to 0.1, λ of 0.1, 0.3, 1, the start, float steps of 15
+  - csq, 32 / 35: SGD at 0.02 to 0.4, AdamW at 0.003 to 0.03, λ of 0.1, 0.3, 1, the start, float steps of 15
     to 30 % before it, a search of 30 to 100 %, gates starting at 0.01, 0.03, 0.1, 0.3 or moving three times
     as fast, 6 planes, a last temperature of 50, and a second ramp instead of a held temperature. At least
     one plane stays in each layer.

@@ -31,7 +31,7 @@ def _accuracy(
         len(architectures),
         len(axes_of),
         width=1600,
-        height=60 + 480 * len(architectures),
+        height=100 + 480 * len(architectures),
         title="Accuracy of hardened models against size (marks: means; dots: seeds; dashed: 32-bit floats)",
     )
     grid = np.asarray(axes, dtype=object).reshape(len(architectures), len(axes_of))
@@ -46,7 +46,8 @@ def _accuracy(
             axis.set_ylim(bottom=floor)
             axis.set_xlabel(label)
             axis.set_ylabel(f"{architecture}: test accuracy in %")
-    grid[0][0].legend(fontsize=8, ncols=2, loc="lower right")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), loc="outside lower center")
     plot.save(figure, run.picture("accuracy-against-size"))
 
 
@@ -115,5 +116,7 @@ def _growth(run: proof.ProofRun, outcomes: Sequence[Outcome], architectures: Seq
         lower.set_xlabel("step")
         lower.set_ylabel("layer")
         lower.grid(False)
-        figure.colorbar(mesh, ax=lower, label="paper bits of the layer")
+        for axis in (upper, lower):
+            axis.set_xlim(0, edges[-1])
+        figure.colorbar(mesh, ax=[upper, lower], label="paper bits of the layer", shrink=0.5, anchor=(0, 0))
     plot.save(figure, run.picture("scheme-over-training"))
