@@ -13,9 +13,11 @@ Protocol, fixed on the development half before any run on the final half:
 - Budget: every method has 240 steps of 64 images, shifted by up to one pixel; the float steps that some begin
   with are part of them. All layers are quantized, first and last included; activations stay in floating
   point. BatchNorm is estimated anew for all. Gradients are clipped at norm 1 on the Mixer.
-- Choices (`CHOICES`), by the mean accuracy over both sizes. Each setting ran at two seeds, one a size; the
-  best two or three of a method ran again at two more seeds and both sizes, so 6 runs. The optimizer was a
-  choice of each method: SGD with momentum 0.9, or AdamW. Settings tried on ResNet-20 / on the Mixer:
+- Choices (`CHOICES`), by the mean accuracy over both sizes. Each setting ran at two seeds, one a size; then
+  up to three of the best of csq, csq-uniform, lsq and hawq, and of ste on the Mixer, ran again at two more
+  seeds and both sizes, so 6 runs. BSQ's settings had one or two runs each, the float models' one. The
+  optimizer was a choice of each method: SGD with momentum 0.9, or AdamW. Settings tried on ResNet-20 / on the
+  Mixer, the more the more a method has to set:
   - csq, 32 / 35: SGD at 0.02 to 0.4, AdamW at 0.003 to 0.03, λ of 0.1, 0.3, 1, the start, float steps of 15
     to 30 % before it, a search of 30 to 100 %, gates starting at 0.01, 0.03, 0.1, 0.3 or moving three times
     as fast, 6 planes, a last temperature of 50, and a second ramp instead of a held temperature. At least
