@@ -6,8 +6,8 @@ Protocol, fixed on the development half before any run on the final half:
   from 2 (scikit-learn's own 8 x 8 digits hardly are). A fixed permutation cuts them into two halves. The
   development half served all choices below (seeds from 1000 on); the final half is read by the proof alone
   (seeds from 0 on). In each half a seed draws 1,000 training and 100 validation images; the other 1,400
-  test. Activations of 4 and 3 bits, and 400 training images, were tried first: PACT's clipping made LSQ
-  collapse on so deep a network, and fewer images only added noise.
+  test. Activations of 4 and 3 bits, and 400 training images, were tried first, a run each: with PACT's
+  clipping LSQ collapsed at its rate of then, and fewer images set the methods no further apart.
 - Models: ResNet-20 of widths 8, 16, 32 (68 thousand weights in 22 layers) and timm's MLP-Mixer with 3 blocks
   of width 32 on patches of 2 x 2 pixels (16 thousand in 14), which has LayerNorm in the place of BatchNorm.
 - Budget: every method has 240 steps of 64 images, shifted by up to one pixel; the float steps that some begin
@@ -19,13 +19,13 @@ Protocol, fixed on the development half before any run on the final half:
   optimizer was a choice of each method: SGD with momentum 0.9, or AdamW. Settings tried on ResNet-20 / on the
   Mixer, the more the more a method has to set:
   - csq, 32 / 35: SGD at 0.02 to 0.4, AdamW at 0.003 to 0.03, λ of 0.1, 0.3, 1, the start, float steps of 15
-    to 30 % before it, a search of 30 to 100 %, gates starting at 0.01, 0.03, 0.1, 0.3 or moving three times
+    to 30 % before it, a search of 40 to 100 %, gates starting at 0.01, 0.03, 0.1, 0.3 or moving three times
     as fast, 6 planes, a last temperature of 50, and a second ramp instead of a held temperature. At least
     one plane stays in each layer.
   - csq-uniform 8 / 13, lsq 14 / 12, ste 11 / 12, hawq 12 / 12 (random allocation shares them): both
     optimizers, their rates, float steps of 0 to 45 %; for csq-uniform the length of the ramp and the start.
-  - bsq 18 / 15: regularizer, rates, lengths of stages, intervals. On the Mixer it stayed 10 points and more
-    behind LSQ, and random allocation only repeats what ResNet-20 says: both are left out there, for time.
+  - bsq 18 / 15: regularizer, rates, lengths of stages, intervals. It and random allocation are left out on
+    the Mixer, for time; near 2 bits BSQ's runs there had 57 to 72 %, LSQ's chosen setting 77 %.
   LSQ's step and BSQ's scale never cross zero (`csq.rivals.lsq.positive_step`): with the papers' own update,
   runs of HAWQ and BSQ at these learning rates collapsed.
 - Measured: accuracy of the hardened model on the test images, paper bits, stored bits, bytes of the file.
