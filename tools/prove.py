@@ -59,7 +59,7 @@ def prove(member: Member, runs: Path, *, quick: bool, timeout: float, console: C
     return outcome
 
 
-def _under_construction(member: Member) -> bool:
+def under_construction(member: Member) -> bool:
     """Whether the package has code but no proof so far: `make prove` says so and runs the others."""
     code = member.folder / "src" / member.import_name
     return code.is_dir() and not (code / "proof.py").exists()
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {arguments.root}/packages holds no package yet", file=sys.stderr)
         return 2
     if not arguments.package:
-        for member in [one for one in chosen if _under_construction(one)]:
+        for member in [one for one in chosen if under_construction(one)]:
             console.print(f"[bold]{member.name}[/]  [yellow]under construction: it has no proof yet[/]")
             chosen.remove(member)
     earlier = record.read_summary(runs)
