@@ -11,8 +11,8 @@ from made_records import poisson, record
 from migperf.geometry import Geometry
 from migperf.jobs import InferenceJob, TrainingJob
 from migperf.profiles import layout
-from migperf.recommend import recommend, require_feasible, unusable_slices
 from migperf.recommendation import confirm
+from migperf.recommender import recommend, require_feasible, unusable_slices
 from migperf.tables import Cell, OpenLoop, Spread, Table, official_a100, table_from_records
 from shared_core import InputError
 

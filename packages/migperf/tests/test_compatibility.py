@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from migperf import compat as module
+from migperf import compatibility as module
 from migperf.backends import Instance, Launch
 from migperf.backends.cpu import CpuBackend
-from migperf.compat import Answer, compat
+from migperf.compatibility import Answer, compat
 from shared_core import InputError
 
 
