@@ -1,0 +1,1 @@
+"""The geometry of sentence encoders: isotropy, contextualization and learning dynamics."""

@@ -1,0 +1,195 @@
+"""How evenly a set of vectors fills its space: IsoScore, partition function, alignment and uniformity.
+
+Sources: Rudman et al. 2022 (IsoScore), Rudman and Eickhoff 2024 (IsoScore*), Mu and Viswanath 2018 (partition
+function), Wang and Isola 2020 (alignment, uniformity).
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from isocse.vectors import OtherRows, Rows, rows, unit_rows
+from shared_core import InputError
+
+POINTS_PER_DIMENSION = 10
+"""With fewer points a dimension, IsoScore comes out too low: the sample covariance has too small a rank."""
+
+
+def isoscore(x: Rows, *, warn: bool = True) -> float:
+    """IsoScore of points as rows: 1 where the covariance is a multiple of the identity, 0 for a line.
+
+    `(PR - 1) / (d - 1)` with the participation ratio `PR = trace(C)^2 / |C|^2` of the covariance C. This
+    equals the published definition through the eigenvalues of C exactly (Rudman et al. 2022, section 4), and
+    needs none. k equal directions of d give (k - 1) / (d - 1).
+
+    Args:
+        x: Points as rows, (points, dimensions). The published function takes them as columns.
+        warn: Warn of fewer than 10 points a dimension.
+
+    Raises:
+        InputError: There is one dimension, one point, or all points are the same.
+
+    >>> isoscore(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), warn=False)
+    1.0
+    """
+    points = rows(x, least=2)
+    n, d = points.shape
+    if warn and n < POINTS_PER_DIMENSION * d:
+        warnings.warn(
+            f"IsoScore of {n} points in {d} dimensions is too low: use {POINTS_PER_DIMENSION * d} or more, "
+            "or isoscore_star",
+            stacklevel=2,
+        )
+    centred = points - points.mean(0)
+    # The squared entries of the n x n and of the d x d product are the same: take the smaller one.
+    product = centred @ centred.T if n < d else centred.T @ centred
+    return isoscore_of_moments(float(centred.square().sum()), float(product.square().sum()), d)
+
+
+def isoscore_of_moments(trace: float, squared_norm: float, dimensions: int) -> float:
+    """IsoScore from a covariance's trace and the sum of its squared entries; any common factor cancels."""
+    if dimensions < 2:
+        raise InputError("expected 2 or more dimensions", field="x", value=dimensions)
+    if squared_norm <= 0:
+        raise InputError("all points are the same: they have no shape", field="x")
+    return (trace**2 / squared_norm - 1) / (dimensions - 1)
+
+
+def isoscore_of_covariance(covariance: Float[Tensor, "d d"]) -> float:
+    """IsoScore of points that have this covariance."""
+    return isoscore_of_moments(
+        float(covariance.trace()), float(covariance.square().sum()), covariance.shape[0]
+    )
+
+
+def isoscore_star(x: Rows, reference: Float[Tensor, "d d"], zeta: float) -> float:
+    """IsoScore of few points, with their covariance pulled to a reference: `(1 - zeta) C + zeta R`.
+
+    Args:
+        x: Points as rows.
+        reference: A covariance of many points of the same kind.
+        zeta: 0 is `isoscore`, 1 takes the reference alone.
+    """
+    if not 0 <= zeta <= 1:
+        raise InputError("expected 0 to 1", field="zeta", value=zeta)
+    return isoscore_of_covariance((1 - zeta) * covariance(x) + zeta * reference.double())
+
+
+def covariance(x: Rows) -> Float[Tensor, "d d"]:
+    """Covariance of points as rows, divided by their number less one."""
+    points = rows(x, least=2)
+    centred = points - points.mean(0)
+    return centred.T @ centred / (points.shape[0] - 1)
+
+
+def isoscore_error(x: Rows) -> float:
+    """Standard error of `isoscore`, by the delta method: each point's influence on trace and norm.
+
+    A sampling error alone: it does not have the bias of few points.
+    """
+    points = rows(x, least=3)
+    n, d = points.shape
+    centred = points - points.mean(0)
+    scatter = centred.T @ centred / n
+    trace, squared = scatter.trace(), scatter.square().sum()
+    energy = centred.square().sum(1)
+    along = ((centred @ scatter) * centred).sum(1)
+    ratio = trace.square() / squared
+    influence = 2 * ratio * (energy / trace - along / squared)
+    return float(influence.std() / n**0.5 / (d - 1))
+
+
+def partition_isotropy(x: Rows) -> float:
+    """Least to greatest partition function `Z(c) = sum_w exp(c . w)` (Mu and Viswanath 2018).
+
+    c runs over the unit eigenvectors of `X^T X` with both signs: an eigenvector's sign is arbitrary, so a
+    ratio over one sign is not a function of X. 1 is isotropic. Neither scale nor an offset is taken out: both
+    change it.
+
+    >>> round(partition_isotropy(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])), 6)
+    1.0
+    """
+    vectors = rows(x)
+    logs = log_partition(vectors, partition_directions(vectors))
+    return float((logs.min() - logs.max()).exp())
+
+
+def partition_directions(x: Float[Tensor, "n d"]) -> Float[Tensor, "d twice"]:
+    """Unit eigenvectors of `X^T X` as columns, then the same with the other sign."""
+    columns = torch.linalg.eigh(x.T @ x).eigenvectors  # columns, not rows, are the eigenvectors
+    return torch.cat([columns, -columns], dim=1)
+
+
+def log_partition(x: Float[Tensor, "n d"], directions: Float[Tensor, "d c"]) -> Float[Tensor, " c"]:
+    """`log Z(c)` of each direction."""
+    return torch.logsumexp(x @ directions, dim=0)
+
+
+def partition_error(x: Rows, generator: torch.Generator, replicates: int = 100) -> float:
+    """Standard error of `partition_isotropy` by resampling rows; the eigenvectors stay where they are."""
+    vectors = rows(x, least=2)
+    exponents = vectors @ partition_directions(vectors)
+    values = (exponents - exponents.max()).exp()
+    n = vectors.shape[0]
+    drawn = torch.randint(0, n, (replicates, n), generator=generator)
+    weights = torch.zeros(replicates, n, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones(replicates, n, dtype=torch.float64))
+    sums = weights @ values
+    return float((sums.min(1).values / sums.max(1).values).std())
+
+
+def uniformity(x: Rows, t: float = 2.0) -> float:
+    """`log mean_{i<j} exp(-t |u_i - u_j|^2)` of unit vectors (Wang and Isola 2020): lower is more uniform.
+
+    Makes an n by n matrix: meant for samples.
+
+    >>> round(uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])), 6)
+    -8.0
+    """
+    return float(_pair_kernels(x, t).mean().log())
+
+
+def uniformity_error(x: Rows, t: float = 2.0) -> float:
+    """Standard error of `uniformity` of a sample, from each point's mean over its pairs (Hoeffding)."""
+    units = unit_rows(x, least=3)
+    n = units.shape[0]
+    kernels = (-2 * t * (1 - units @ units.T)).exp()
+    by_point = (kernels.sum(1) - kernels.diagonal()) / (n - 1)
+    return float(2 * by_point.std() / n**0.5 / by_point.mean())
+
+
+def alignment(x: Rows, positive: OtherRows, alpha: float = 2.0) -> float:
+    """`mean |u(x) - u(x+)|^alpha` over positive pairs (Wang and Isola 2020): lower is more aligned.
+
+    Pairs with a vector of zeros are left out.
+
+    >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])).__round__(6)
+    2.0
+    """
+    values = alignment_of_pairs(x, positive, alpha)
+    if len(values) == 0:
+        raise InputError("expected at least one pair of vectors that are not zero", field="x", value=0)
+    return float(values.mean())
+
+
+def alignment_of_pairs(x: Rows, positive: OtherRows, alpha: float = 2.0) -> Float[Tensor, " m"]:
+    """`|u(x) - u(x+)|^alpha` of each positive pair without a vector of zeros."""
+    first, second = rows(x), rows(positive, "positive")
+    if first.shape != second.shape:
+        raise InputError(
+            f"expected as many as x, {tuple(first.shape)}", field="positive", value=tuple(second.shape)
+        )
+    norms = torch.stack([first.norm(dim=1), second.norm(dim=1)])
+    kept = (norms > 0).all(0)
+    units = [part[kept] / norm[kept, None] for part, norm in zip((first, second), norms, strict=True)]
+    return (units[0] - units[1]).norm(dim=1).pow(alpha)
+
+
+def _pair_kernels(x: Rows, t: float) -> Float[Tensor, " pairs"]:
+    units = unit_rows(x)
+    squared = torch.pdist(units).square()
+    return (-t * squared).exp()
