@@ -1,0 +1,1 @@
+"""LEAD: a small retriever that learned how a large one reads."""
