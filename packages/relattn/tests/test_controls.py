@@ -64,18 +64,21 @@ def test_controls_carry_no_special_tokens():
     assert tokenizer.eos_token_id not in ids
 
 
-def test_unknown_tokens_say_nothing_and_are_left_out():
-    tokenizer = wordpiece_tokenizer()
+@pytest.mark.parametrize("make", [wordpiece_tokenizer, unigram_tokenizer])
+def test_unknown_tokens_say_nothing_and_are_left_out(make):
+    tokenizer = make()
     found = encode_control(["music", "Ж"], tokenizer)
     assert found.ids == encode_control("music", tokenizer).ids
     assert found.unknown == ("Ж",)
 
 
-def test_a_control_of_unknown_tokens_only_is_named():
+@pytest.mark.parametrize("make", [wordpiece_tokenizer, unigram_tokenizer])
+def test_a_control_of_unknown_tokens_only_is_named(make):
+    """SentencePiece leaves the mark of a word's beginning beside the unknown token: it says nothing."""
     with pytest.raises(
         InputError, match=r"control 3: the tokenizer's vocabulary knows no token of it \(got \['Ж'\]\)"
     ):
-        encode_control("Ж", wordpiece_tokenizer(), 3)
+        encode_control("Ж", make(), 3)
 
 
 @pytest.mark.parametrize("blank", ["", "  ", [], ["", " "]])
@@ -93,6 +96,9 @@ def test_a_blank_control_is_refused(blank):
         ("C++", "written in C++.", True),
         ("café", "a café", True),
         ("ﬁne", "a fine day", True),
+        ("音楽", "昔の音楽を聴く", True),
+        ("海", "昔の音楽を聴く", False),
+        ("", "a text", False),
     ],
 )
 def test_occurrence_is_of_whole_words_whatever_case_spacing_and_form(phrase, text, expected):

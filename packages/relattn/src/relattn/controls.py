@@ -12,6 +12,10 @@ from shared_core import InputError
 Control = str | Sequence[str]
 """What the reader asked for: one phrase, or several."""
 
+# Thai, Lao, Myanmar, Khmer; kana; ideographs.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+_WORD_MARKS = "\u2581\u0120 "  # SentencePiece's, byte-level BPE's
+
 
 @dataclass(frozen=True)
 class EncodedControl:
@@ -31,12 +35,17 @@ class EncodedControl:
 def control_phrases(control: Control) -> tuple[str, ...]:
     """A control's phrases, trimmed, blank ones dropped, each once, in order.
 
+    Raises:
+        InputError: It is something else than text.
+
     >>> control_phrases([" jazz ", "", "opera", "jazz"])
     ('jazz', 'opera')
     >>> control_phrases("climate policy")
     ('climate policy',)
     """
     given = [control] if isinstance(control, str) else control
+    if not isinstance(given, Sequence) or not all(isinstance(phrase, str) for phrase in given):
+        raise InputError("expected a phrase or a list of phrases", field="controls", value=control)
     return tuple(dict.fromkeys(phrase.strip() for phrase in given if phrase.strip()))
 
 
@@ -67,8 +76,10 @@ def encode_control(control: Control, tokenizer: Any, number: int = 0) -> Encoded
         known = [
             i for i in tokenizer(prefix + phrase, add_special_tokens=False)["input_ids"] if i not in dropped
         ]
-        ids += known
-        if not known:
+        # A word mark alone is what SentencePiece leaves of a word of unknown letters.
+        if any(token.strip(_WORD_MARKS) for token in tokenizer.convert_ids_to_tokens(known)):
+            ids += known
+        else:
             unknown.append(phrase)
     if not ids:
         raise InputError(
@@ -98,13 +109,20 @@ def is_byte_level(tokenizer: Any) -> bool:
 def occurs_in(phrase: str, text: str) -> bool:
     """Whether a phrase stands in a text as whole words, whatever the case, spacing and form of accents.
 
+    Scripts that put no space between words (Chinese, Japanese, Thai) have no whole words to look for: there
+    any place counts.
+
     >>> occurs_in("Climate  policy", "A new climate policy.")
     True
     >>> occurs_in("art", "They start.")
     False
     """
-    words = [re.escape(word) for word in _plain(phrase).split()]
-    return re.search(r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)", _plain(text)) is not None
+    words = _plain(phrase).split()
+    if not words:
+        return False
+    begin = "" if _UNSPACED.match(words[0][0]) else r"(?<!\w)"
+    end = "" if _UNSPACED.match(words[-1][-1]) else r"(?!\w)"
+    return re.search(begin + r"\s+".join(map(re.escape, words)) + end, _plain(text)) is not None
 
 
 def _plain(text: str) -> str:
