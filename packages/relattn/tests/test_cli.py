@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_models import CORPUS
 
-from relattn import cli, methods
+from relattn import cli, evaluation, methods
+from relattn.examples import MethodSummary
 from relattn.pplm import PPLM
 from shared_core import testing
 
@@ -172,6 +175,12 @@ def test_fewshot_learns_on_other_documents_than_it_validates_on(folder, data, tm
         ([*EVAL, "relattn", "--pplm-step", "0.1"], "--pplm-step: is not used by the method relattn"),
         ([*EVAL, "pplm", "--pplm-step", "-1"], "expected a number above 0, got -1.0"),
         ([*EVAL, "relattn", "--module", "MODULE", "--temperature", "auto"], "is the module's own"),
+        ([*EVAL, "relattn", "--boost", "3"], "--boost: is not used by the method relattn"),
+        ([*EVAL, "bias", "--alpha", "2"], "expected a number above 0, at most 1, got 2.0"),
+        ([*EVAL, "relattn", "--coarse", "5"], "--coarse: is not used by the method relattn"),
+        ([*EVAL, "plain", "--newts-control", "phrases"], "--newts-control: is for --format newts alone"),
+        (["summarize", "--control", "music", "--coarse", "5"], "--coarse: is for --weight online alone"),
+        (["explain", "--control", "music", "--weight", "0.5"], "--weight: changes the summary alone"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(
@@ -180,7 +189,7 @@ def test_bad_input_ends_with_one_line_and_code_2(
     (tmp_path / "module").mkdir()
     places = {"OUT": tmp_path / "out", "DATA": data, "MODULE": tmp_path / "module"}
     given = [places.get(a, a) for a in arguments]
-    last = [article] if arguments[0] == "summarize" else []
+    last = [article] if arguments[0] in ("summarize", "explain") else []
     assert run(given[0], "--model", t5_folder, *given[1:], *last) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
@@ -222,6 +231,9 @@ def test_a_text_that_is_not_utf8_is_one_line_also_on_standard_input(t5_folder, t
     assert error.splitlines() == [
         "error: standard input: is not UTF-8 text: invalid continuation byte at byte 3"
     ]
+    (tmp_path / "blank.txt").write_text(" \n")
+    assert run(*arguments, tmp_path / "blank.txt") == 2
+    assert "blank.txt: is empty: expected a text" in capsys.readouterr().err
 
 
 def test_eval_hands_the_step_size_to_pplm_and_records_it(t5_folder, data, tmp_path, monkeypatch):
@@ -239,6 +251,103 @@ def test_eval_hands_the_step_size_to_pplm_and_records_it(t5_folder, data, tmp_pa
 def test_a_control_that_the_text_lacks_is_a_warning(t5_folder, article, capsys):
     assert run("summarize", "--model", t5_folder, "--control", "opera", article, *SHORT) == 0
     assert "warning: 'opera' does not occur in the source; best match:" in capsys.readouterr().err
+
+
+def test_examples_that_the_tokenizer_cannot_read_are_found_before_the_long_work(
+    t5_folder, data, tmp_path, capsys
+):
+    lines = data.read_text().splitlines()
+    for place, control in ((4, "Ж"), (9, "Я")):
+        lines[place] = json.dumps(json.loads(lines[place]) | {"control": control})
+    data.write_text("\n".join(lines))
+    arguments = ["eval", "--model", t5_folder, "--data", data, "--out", tmp_path / "e", *SHORT]
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error == (
+        "error: the tokenizer knows no token of the control of example '2-music', and so of 1 more: leave"
+        " such examples out with --skip-bad"
+    )
+    assert not (tmp_path / "e").exists()
+    assert run(*arguments, "--skip-bad") == 0
+    assert "warning: skipped: control: the tokenizer knows no token" in capsys.readouterr().err
+    assert json.loads((tmp_path / "e" / "metrics.json").read_text())["examples"] == 8
+    few = ["fewshot", "--model", t5_folder, "--data", data, "--out", tmp_path / "f"]
+    assert run(*few) == 2
+    assert "knows no token of the control of example '2-music'" in capsys.readouterr().err
+
+
+def test_a_killed_evaluation_goes_on_where_it_was_and_ends_the_same(bart_folder, data, tmp_path, monkeypatch):
+    """The command itself, with online selection: killed behind its second batch, in a process of its own."""
+    arguments = ["eval", "--model", bart_folder, "--data", data, "--method", "relattn-online", "--coarse", 10,
+                 "--batch-size", 3, *SHORT]  # fmt: skip
+    child = os.fork()
+    if child == 0:
+        try:
+            batches, batch = iter(range(3)), evaluation._batch
+            monkeypatch.setattr(
+                evaluation,
+                "_batch",
+                lambda *a: batch(*a) if next(batches) < 2 else os.kill(os.getpid(), signal.SIGKILL),
+            )
+            run(*arguments, "--out", tmp_path / "killed")
+        finally:
+            os._exit(1)  # reached only if it was not killed
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    results = tmp_path / "killed" / "results.jsonl"
+    assert len(results.read_text().splitlines()) == 6
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert run(*arguments, "--out", tmp_path / "killed", "--resume") == 0
+    assert run(*arguments, "--out", tmp_path / "whole") == 0
+    killed, whole = (
+        [
+            json.loads(line) | {"seconds": 0}
+            for line in (tmp_path / name / "results.jsonl").read_text().splitlines()
+        ]
+        for name in ("killed", "whole")
+    )
+    assert killed == whole
+    assert len(whole) == 10
+
+
+def test_eval_hands_each_method_its_own_settings_and_records_them(t5_folder, data, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        methods, "summarize", lambda *a: given.append(a[4]) or [MethodSummary("x") for _ in a[2]]
+    )
+    for name, options in {
+        "boost": {"boost": 3.5},
+        "bias": {"alpha": 0.1, "sentences": 2},
+        "relattn-online": {"coarse": 5},
+    }.items():
+        words = [part for option, value in options.items() for part in (f"--{option}", value)]
+        assert run("eval", "--model", t5_folder, "--data", data, "--method", name, "--out", tmp_path / name,
+                   "--limit", 1, *words) == 0  # fmt: skip
+        recorded = json.loads((tmp_path / name / "results.jsonl.settings.json").read_text())
+        assert options.items() <= recorded.items()
+    assert (given[0].boost, given[1].alpha, given[1].sentences) == (3.5, 0.1, 2)
+    assert given[2].online == {"coarse": 5}
+
+
+def test_a_models_prefix_goes_in_front_of_each_document(t5_folder, article, data, tmp_path, capsys):
+    """`summarize: ` for T5: as in front of the text itself, and no part of what is shown."""
+    arguments = ["--model", t5_folder, "--control", "water", "--device", "cpu"]
+    prefix = ["--source-prefix", "trade: "]
+    other = tmp_path / "prefixed.txt"
+    other.write_text(f"trade: {article.read_text()}")
+    assert run("summarize", *arguments, article, *prefix, "--out", tmp_path / "a.json") == 0
+    assert run("summarize", *arguments, other, "--out", tmp_path / "b.json") == 0
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    assert run("explain", *arguments, article, *prefix, "--out", tmp_path / "x.json") == 0
+    shown = json.loads((tmp_path / "x.json").read_text())
+    assert shown["sentences"][0]["text"] == CORPUS[0]
+    few = ["fewshot", "--model", t5_folder, "--data", data, "--out", tmp_path / "f", "--train", 2,
+           "--validation", 1, "--steps", 1, "--trainable", "new", *SHORT]  # fmt: skip
+    assert run(*few, *prefix) == 0
+    assert run(*few, "--resume") == 2
+    assert "is the state of a run with another source_prefix" in capsys.readouterr().err
+    assert run("eval", "--model", t5_folder, "--data", data, "--out", tmp_path / "e", "--limit", 1, *prefix,
+               *SHORT) == 0  # fmt: skip
 
 
 def test_skip_bad_keeps_the_other_rows(t5_folder, data, tmp_path, capsys):

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,23 +13,6 @@ from relattn.examples import Example, MethodSummary
 from shared_core import InputError
 
 EXAMPLES = [Example(f"e{n}", f"d{n // 2}", f"text number {n}", (f"w{n}",), f"about w{n}") for n in range(7)]
-
-KILLED = """
-import os, signal, sys
-from relattn.evaluation import evaluate
-from relattn.examples import Example, MethodSummary
-examples = [Example(f"e{n}", f"d{n // 2}", f"text number {n}", (f"w{n}",), f"about w{n}") for n in range(7)]
-calls = 0
-def summarize(documents, controls):
-    global calls
-    calls += 1
-    if calls == 3:
-        with open(sys.argv[1], "a") as file:
-            file.write('{"id": "e4", "summ')  # a line cut short, as a full disk or a kill leaves it
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [MethodSummary(f"{control[0]} of {text}", 0.5) for text, control in zip(documents, controls)]
-evaluate(examples, summarize, sys.argv[1], {"model": "m"}, batch_size=2)
-"""
 
 
 def echo(documents, controls):
@@ -44,8 +25,23 @@ def without_time(lines):
 
 def test_a_killed_run_resumes_to_the_result_of_an_uninterrupted_one(tmp_path: Path):
     killed = tmp_path / "killed.jsonl"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(killed)], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    child = os.fork()
+    if child == 0:
+        try:
+            calls = iter(range(3))
+
+            def dies(documents, controls):
+                if next(calls) == 2:
+                    with killed.open("a") as file:
+                        file.write('{"id": "e4", "summ')  # a line cut short, as a kill leaves it
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return echo(documents, controls)
+
+            evaluate(EXAMPLES, dies, killed, {"model": "m"}, batch_size=2)
+        finally:
+            os._exit(1)  # reached only if it was not killed
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
     assert [json.loads(line)["id"] for line in killed.read_text().splitlines()[:-1]] == [
         "e0",
         "e1",

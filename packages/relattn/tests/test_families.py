@@ -1,7 +1,7 @@
 """Every supported family, with random weights: the fast path against the formula in probability space."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ import transformers as hf
 from number_tokenizer import NumberTokenizer
 from tiny_models import FAMILIES, VOCAB, WITHOUT_INTERFACE, family
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -262,14 +264,21 @@ def test_source_keys_are_not_copied_between_beams_and_the_summaries_are_generate
     assert max(reordered) < len(ids[0])  # what beams have written, never the source
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_steering_works_under_any_attention_implementation(implementation):
-    case = Case("bart")
-    with case.steered():
+@pytest.mark.parametrize("name", ["bart", "pegasus", "mbart", "marian"])
+@pytest.mark.parametrize("kernel", ["eager", SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_steering_works_under_any_attention_kernel(name, kernel):
+    """Flash attention too, which never holds the probabilities that the formula mixes."""
+    case = Case(name)
+    with steered_reference(case.model, case.layers, case.relevance, case.weight):
         expected = case.logits()
-    case.model.set_attn_implementation(implementation)
-    with case.steered():
-        assert (case.logits() - expected).abs().max() < 1e-5
+    case.model.set_attn_implementation("eager" if kernel == "eager" else "sdpa")
+    with case.steered(), nullcontext() if kernel == "eager" else sdpa_kernel(kernel), profile() as profiled:
+        found = case.logits()
+    assert (found - expected).abs().max() < 1e-5
+    ran = {event.key for event in profiled.key_averages()}
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in ran) == (
+        kernel == SDPBackend.FLASH_ATTENTION
+    )
 
 
 @pytest.mark.parametrize("name", WITHOUT_INTERFACE)

@@ -4,10 +4,12 @@ import inspect
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from relattn import coverage_select, online_select
 from relattn.rouge import rouge_f1
-from relattn.selection import GRID, consensus, distinct_word_ratio, keep
+from relattn.selection import GRID, coarse_to_fine, consensus, distinct_word_ratio, filled, keep
 from shared_core import InputError
 
 ANCHOR = "the council votes on a new park"
@@ -107,6 +109,36 @@ def test_other_rouge_kinds_can_decide():
     candidates = ["a b c d e f", "f e d c b a", "a b c d e g"]
     assert consensus(candidates, "rouge1").agreement[1] == consensus(candidates, "rouge1").agreement[0]
     assert consensus(candidates, "rougeL").agreement[1] < consensus(candidates, "rougeL").agreement[0]
+
+
+@given(
+    runs=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    stride=st.integers(1, 12),
+    more=st.integers(1, 3),
+)
+def test_a_coarse_grid_finds_every_candidate_where_equal_ones_stand_side_by_side(runs, stride, more):
+    """Runs at least as long as the stride are all found; of shorter ones, those between different ends."""
+    texts = [[str(n) for n, run in enumerate(runs) for _ in range(run)]] * more
+    asked = []
+
+    def decode(pairs):
+        asked.extend(pairs)
+        return [texts[row][index] for row, index in pairs]
+
+    decoded = coarse_to_fine([len(each) for each in texts], stride, decode)
+    assert [filled(known, len(texts[0])) for known in decoded] == texts
+    assert len(asked) == len(set(asked)) == sum(map(len, decoded))
+    assert stride > 1 or len(asked) == more * len(texts[0])
+
+
+def test_a_coarse_grid_takes_equal_neighbours_for_the_whole_between_them():
+    """The price: a summary that only one weight in the middle gives is not seen."""
+    texts = ["a", "a", "b", "a", "a"]
+    (decoded,) = coarse_to_fine([5], 4, lambda pairs: [texts[index] for _, index in pairs])
+    assert decoded == {0: "a", 4: "a"}
+    assert filled(decoded, 5) == ["a"] * 5
+    with pytest.raises(InputError, match="coarse: expected 1 or more"):
+        coarse_to_fine([5], 0, lambda pairs: [])
 
 
 def test_coverage_takes_the_summary_whose_words_hold_the_most_relevance():

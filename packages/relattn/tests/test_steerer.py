@@ -176,6 +176,39 @@ def test_online_selection_encodes_each_document_once(steerer):
     assert len(calls) == 1
 
 
+def test_a_coarse_grid_decodes_less_and_keeps_to_what_the_whole_grid_says(steerer, monkeypatch):
+    grid = tuple(round(0.03 * n, 2) for n in range(1, 31))
+    whole = steerer.generate(DOCUMENTS, CONTROLS, "online", grid=grid, **SETTINGS)
+    found = steerer.generate(DOCUMENTS, CONTROLS, "online", grid=grid, coarse=5, **SETTINGS)
+    for all_of_them, some in zip(whole, found, strict=True):
+        assert [c.weight for c in some.candidates] == list(grid)
+        assert all(c.decoded for c in all_of_them.candidates)
+        assert all(c.decoded for c in some.candidates[::5])
+        pairs = list(zip(some.candidates, all_of_them.candidates, strict=True))
+        assert all(mine.text == theirs.text for mine, theirs in pairs if mine.decoded)
+        assert online_select([c.text for c in some.candidates]) == grid.index(some.weight)
+    assert 18 <= sum(c.decoded for s in found for c in s.candidates) < 90
+    with pytest.raises(InputError, match="coarse: expected 1 or more"):
+        steerer.generate(DOCUMENTS, CONTROLS, "online", coarse=0)
+
+
+def test_the_models_prefix_is_read_and_stands_for_no_text(steerer):
+    """As T5's "summarize: ": generated as if the document began with it, shown as if it did not."""
+    prefixed = [f"trade, {text}" for text in DOCUMENTS]
+    own = Steerer(steerer.model, steerer.tokenizer, steerer.relevance_settings, 0.5, source_prefix="trade, ")
+    found = own.generate(DOCUMENTS, CONTROLS, **SETTINGS)
+    expected = steerer.generate(prefixed, CONTROLS, **SETTINGS)
+    assert _texts(found) == _texts(expected)
+    for text, mine, theirs in zip(DOCUMENTS, found, expected, strict=True):
+        assert torch.equal(mine.relevance.a_rel, theirs.relevance.a_rel)
+        pieces = [text[a:b] for a, b in mine.relevance.offsets]
+        assert "".join(pieces).replace(" ", "") == text.replace(" ", "")
+        assert "trade" not in "".join(pieces) or "trade" in text
+    [missing] = own.relevance([CORPUS[3]], ["trade"])  # the prefix is no place where a control stands
+    assert missing.warnings[0].startswith("'trade' does not occur in the source; best match: '")
+    assert missing.warnings[0].split("'")[3] in CORPUS[3]
+
+
 def test_the_chunk_size_changes_nothing(steerer):
     whole = steerer.generate(DOCUMENTS, CONTROLS, "online", grid=(0.1, 0.5, 0.9), **SETTINGS)
     small = steerer.generate(DOCUMENTS, CONTROLS, "online", grid=(0.1, 0.5, 0.9), max_rows=2, **SETTINGS)

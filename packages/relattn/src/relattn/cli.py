@@ -12,14 +12,35 @@ from rich.console import Console
 from rich.table import Table
 
 from relattn import cli_inputs
+from relattn.cli_options import (
+    METHOD_NAMES,
+    Articles,
+    BatchSize,
+    Beams,
+    Coarse,
+    Control,
+    Data,
+    Device,
+    Document,
+    Format,
+    MaxSource,
+    MaxTokens,
+    MinTokens,
+    Model,
+    Module,
+    NewtsControl,
+    SkipBad,
+    SourcePrefix,
+    Split,
+    Temperature,
+    WeightOption,
+    above_zero,
+    one_of,
+    share,
+)
 from shared_core import InputError, command, files
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
-
-METHOD_NAMES = (
-    "plain", "prefix", "pplm", "bias", "boost", "extract", "relattn", "relattn-online", "relattn-prefix",
-)  # fmt: skip
-FORMATS = ("jsonl", "csv", "newts", "entsum", "aclsum", "ctrlsum")
 
 app = typer.Typer(
     help="Steers any encoder-decoder summarizer to what the reader asked for, by relevance attention.",
@@ -43,78 +64,6 @@ def _warnings_in_one_line() -> None:
     logger.propagate = False
 
 
-def _weight(value: str | None) -> str | None:
-    if value is None or value == "online":
-        return value
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 1:
-        raise typer.BadParameter(f'expected a number from 0 to 1, or "online", got {value!r}')
-    return value
-
-
-def _temperature(value: str) -> str:
-    try:
-        valid = value == "auto" or 0 < float(value) < float("inf")
-    except ValueError:
-        valid = False
-    if not valid:
-        raise typer.BadParameter(f'expected a number above 0, or "auto", got {value!r}')
-    return value
-
-
-def _above_zero(value: float | None) -> float | None:
-    if value is not None and not 0 < value < float("inf"):
-        raise typer.BadParameter(f"expected a number above 0, got {value}")
-    return value
-
-
-def _one_of(allowed: tuple[str, ...]) -> Any:
-    def check(value: str) -> str:
-        if value not in allowed:
-            raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}")
-        return value
-
-    return check
-
-
-Model = Annotated[str, typer.Option(help="Model directory, or a name that transformers knows.")]
-Control = Annotated[list[str], typer.Option(help="What the reader asks for; repeat it for several phrases.")]
-WeightOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Steering weight, 0 to 1, or online; 0.12, or the module's, if not given.", callback=_weight
-    ),
-]
-Temperature = Annotated[
-    str,
-    typer.Option(
-        help="Sharpness of relevance: 1 is the paper's, auto often steers better.", callback=_temperature
-    ),
-]
-Module = Annotated[
-    Path | None, typer.Option(help="Trained module, from `fewshot`.", exists=True, file_okay=False)
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
-Beams = Annotated[int | None, typer.Option(min=1, help="Beams; the model's own if not given, else 4.")]
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest summary, in tokens.")]
-MinTokens = Annotated[int | None, typer.Option(min=0, help="Shortest summary, in tokens.")]
-MaxSource = Annotated[int | None, typer.Option(min=1, help="Longest source, in tokens; the model's limit.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Documents decoded together.")]
-Document = Annotated[
-    Path | None, typer.Argument(help="Text file; standard input if not given.", exists=True, dir_okay=False)
-]
-Data = Annotated[Path | None, typer.Option(help="File, or folder for ctrlsum; none for aclsum.", exists=True)]
-Format = Annotated[str, typer.Option(help=", ".join(FORMATS), callback=_one_of(FORMATS))]
-Split = Annotated[str, typer.Option(help="Of aclsum and ctrlsum: train, val or test.")]
-Articles = Annotated[
-    Path | None, typer.Option(help="entsum: folder with the articles' texts.", exists=True, file_okay=False)
-]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed rows out, with a warning.")]
-
-
 @app.command()
 def summarize(
     model: Model,
@@ -127,13 +76,17 @@ def summarize(
     max_tokens: MaxTokens = None,
     min_tokens: MinTokens = None,
     max_source: MaxSource = None,
+    source_prefix: SourcePrefix = "",
+    coarse: Coarse = 1,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the summary and its reasons as JSON.")] = None,
 ) -> None:
     """Summarize a text about what the reader asks for."""
+    if coarse > 1 and weight != "online":
+        raise InputError("is for --weight online alone", field="--coarse", value=coarse)
     text = cli_inputs.read_text(document)
-    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device)
-    settings = _generation(beams, max_tokens, min_tokens)
+    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device, source_prefix)
+    settings = _generation(beams, max_tokens, min_tokens) | {"coarse": coarse}
     (summary,) = steerer.generate([text], [control], _number(weight), **settings)
     if out is not None:
         files.write_json(out, {
@@ -156,6 +109,7 @@ def explain(
     module: Module = None,
     weight: WeightOption = None,
     max_source: MaxSource = None,
+    source_prefix: SourcePrefix = "",
     device: Device = "auto",
     summary: Annotated[bool, typer.Option("--summary", help="Summarize, too.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write a page (.html) or numbers (.json), too.")] = None,
@@ -163,8 +117,10 @@ def explain(
     """Show which parts of a text are relevant to what the reader asks for."""
     if out is not None and out.suffix not in (".html", ".json"):
         raise InputError("expected a file name that ends in .html or .json", field="--out", value=str(out))
+    if weight is not None and not summary:
+        raise InputError("changes the summary alone: give --summary, too", field="--weight", value=weight)
     text = cli_inputs.read_text(document)
-    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device)
+    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device, source_prefix)
     from relattn import explain as view
 
     if summary:
@@ -189,8 +145,9 @@ def evaluate(
     format: Format = "jsonl",
     split: Split = "test",
     articles: Articles = None,
+    newts_control: NewtsControl = "words",
     method: Annotated[
-        str, typer.Option(help=", ".join(METHOD_NAMES), callback=_one_of(METHOD_NAMES))
+        str, typer.Option(help=", ".join(METHOD_NAMES), callback=one_of(METHOD_NAMES))
     ] = "relattn",
     weight: WeightOption = None,
     temperature: Temperature = "1",
@@ -199,6 +156,7 @@ def evaluate(
     max_tokens: MaxTokens = None,
     min_tokens: MinTokens = None,
     max_source: MaxSource = None,
+    source_prefix: SourcePrefix = "",
     batch_size: BatchSize = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples.")] = None,
     bertscore: Annotated[
@@ -212,9 +170,24 @@ def evaluate(
         typer.Option(
             help="Of the method pplm: size of a gradient step. The published 1e-5, if not given, is for large"
             " models and changes next to nothing on small ones: try 0.01 to 0.5 there.",
-            callback=_above_zero,
+            callback=above_zero,
         ),
     ] = None,
+    boost: Annotated[
+        float | None, typer.Option(help="Of the method boost: bonus of a word, 2 nats if not given.")
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the method bias: share of the odds that tokens outside keep; 0.01 if not given.",
+            callback=share,
+        ),
+    ] = None,
+    sentences: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of bias and extract: how many sentences are relevant; 3 if not given."),
+    ] = None,
+    coarse: Coarse = 1,
     device: Device = "auto",
     skip_bad: SkipBad = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUT holds.")] = False,
@@ -224,10 +197,15 @@ def evaluate(
         method, weight = "relattn-online", None
     if weight == "online" and method == "relattn-prefix":
         raise InputError("expected a number for relattn-prefix", field="--weight", value=weight)
+    own = {"pplm_step": pplm_step, "boost": boost, "alpha": alpha, "sentences": sentences,
+           "coarse": coarse if coarse > 1 else None}  # fmt: skip
+    own = {name: value for name, value in own.items() if value is not None}
     _refuse_unused(method, {"--weight": weight, "--temperature": None if temperature == "1" else temperature,
-                            "--module": module, "--pplm-step": pplm_step})  # fmt: skip
-    examples = cli_inputs.read_examples(data, format, split, articles, skip_bad)[:limit]
-    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device)
+                            "--module": module} | {f"--{n.replace('_', '-')}": v for n, v in own.items()}
+                   )  # fmt: skip
+    examples = cli_inputs.read_examples(data, format, split, articles, skip_bad, newts_control)[:limit]
+    steerer = cli_inputs.load_steerer(model, temperature, module, max_source, device, source_prefix)
+    examples = cli_inputs.usable(examples, steerer, skip_bad)
     from relattn import evaluation, methods
     from relattn.pplm import PPLMCost
 
@@ -237,6 +215,8 @@ def evaluate(
         batch_size=batch_size,
         generate=options,
         pplm={} if pplm_step is None else {"step_size": pplm_step},
+        online={"coarse": coarse},
+        **{name: own[name] for name in ("boost", "alpha", "sentences") if name in own},
     )
     recorded = {
         "data": None if data is None else str(data), "format": format, "split": split,
@@ -246,8 +226,11 @@ def evaluate(
     }  # fmt: skip
     if bertscore is not None:
         recorded["bertscore"] = [bertscore, bertscore_layer]
-    if pplm_step is not None:
-        recorded["pplm_step"] = pplm_step
+    if source_prefix:
+        recorded["source_prefix"] = source_prefix
+    if format == "newts":
+        recorded["newts_control"] = newts_control
+    recorded |= own
     score = cli_inputs.load_scores(bertscore, bertscore_layer, device)
     cost = PPLMCost()
     out.mkdir(parents=True, exist_ok=True)
@@ -292,12 +275,12 @@ def fewshot(
     validation: Annotated[int, typer.Option(min=1, help="Other documents, to choose the best step.")] = 10,
     trainable: Annotated[
         str,
-        typer.Option(help="all, cross_attention or new", callback=_one_of(("all", "cross_attention", "new"))),
+        typer.Option(help="all, cross_attention or new", callback=one_of(("all", "cross_attention", "new"))),
     ] = "all",
     weight_variant: Annotated[
         str,
         typer.Option(
-            help="per_layer, per_head or linear", callback=_one_of(("per_layer", "per_head", "linear"))
+            help="per_layer, per_head or linear", callback=one_of(("per_layer", "per_head", "linear"))
         ),
     ] = "linear",
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 100,
@@ -305,21 +288,24 @@ def fewshot(
     temperature: Temperature = "1",
     max_tokens: MaxTokens = None,
     beams: Beams = None,
+    newts_control: NewtsControl = "words",
+    source_prefix: SourcePrefix = "",
     seed: Annotated[int, typer.Option(min=0, help="Which documents, their order, and dropout.")] = 0,
     device: Device = "auto",
     skip_bad: SkipBad = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's checkpoint.")] = False,
 ) -> None:
     """Learn from a few examples how strongly, and by what relevance, to steer."""
-    examples = cli_inputs.read_examples(data, format, split, articles, skip_bad)
+    examples = cli_inputs.read_examples(data, format, split, articles, skip_bad, newts_control)
     loaded, tokenizer = cli_inputs.load_model(model, device)
     from relattn import fewshot as learning
     from relattn.fewshot_data import split_by_document
+    from relattn.steerer import Steerer
     from relattn.weights import RelAttnModule
 
     few = [
         learning.FewShotExample(e.document_id, e.document, e.control, e.summary)
-        for e in examples
+        for e in cli_inputs.usable(examples, Steerer(loaded, tokenizer), skip_bad)
         if e.summary
     ]
     chosen, held_out = split_by_document(few, train, validation, seed)
@@ -338,6 +324,7 @@ def fewshot(
             loaded, tokenizer, chosen, held_out, module, settings,
             checkpoint=out / "checkpoint.safetensors", resume=resume,
             on_step=lambda step, loss: status.update(f"step {step} of {steps}, loss {loss:.3f}"),
+            source_prefix=source_prefix,
         )  # fmt: skip
     result.module.save_pretrained(out)
     if trainable != "new":
@@ -376,6 +363,10 @@ _READERS = {
     "--temperature": ("bias", "extract", "relattn", "relattn-online", "relattn-prefix"),
     "--module": ("bias", "extract", "relattn", "relattn-online", "relattn-prefix"),
     "--pplm-step": ("pplm",),
+    "--boost": ("boost",),
+    "--alpha": ("bias",),
+    "--sentences": ("bias", "extract"),
+    "--coarse": ("relattn-online",),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from relattn.examples import Example
     from relattn.steerer import Steerer
 
+logger = logging.getLogger("relattn")
+
 # As in cli.py, torch and all that needs it are imported inside the functions.
 
 
@@ -19,8 +23,9 @@ def read_text(document: Path | None) -> str:
     """The text of a file, or of standard input.
 
     Raises:
-        InputError: It is not UTF-8, or there is neither.
+        InputError: It is empty or not UTF-8, or there is neither.
     """
+    place = "standard input" if document is None else document
     if document is None:
         if sys.stdin.isatty():
             raise InputError("expected a text file, or text on standard input", field="DOCUMENT")
@@ -28,14 +33,17 @@ def read_text(document: Path | None) -> str:
     else:
         content = document.read_bytes()
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 text: {error.reason} at byte {error.start}"
-        raise InputError(message, file="standard input" if document is None else document) from error
+        raise InputError(message, file=place) from error
+    if not text.strip():
+        raise InputError("is empty: expected a text", file=place)
+    return text
 
 
 def read_examples(
-    data: Path | None, form: str, split: str, articles: Path | None, skip_bad: bool
+    data: Path | None, form: str, split: str, articles: Path | None, skip_bad: bool, newts_control: str
 ) -> list[Example]:
     """The examples of a data set in one of the formats.
 
@@ -45,6 +53,8 @@ def read_examples(
     from relattn import readers
     from relattn.entsum import load_entsum
 
+    if newts_control != "words" and form != "newts":
+        raise InputError("is for --format newts alone", field="--newts-control", value=newts_control)
     if form == "aclsum":
         return readers.load_aclsum(split)
     if data is None:
@@ -55,8 +65,40 @@ def read_examples(
         return load_entsum(data, articles, skip_bad=skip_bad)
     if form == "ctrlsum":
         return readers.load_ctrlsum(data, split)
-    load = {"jsonl": readers.load_jsonl, "csv": readers.load_csv, "newts": readers.load_newts}[form]
+    if form == "newts":
+        return readers.load_newts(data, newts_control, skip_bad)
+    load = {"jsonl": readers.load_jsonl, "csv": readers.load_csv}[form]
     return load(data, skip_bad=skip_bad)
+
+
+def usable(examples: Sequence[Example], steerer: Steerer, skip_bad: bool) -> list[Example]:
+    """The examples of which the tokenizer knows text and control: all are looked at before the long work.
+
+    Raises:
+        InputError: It knows none of an example's tokens (with `skip_bad` a warning), or of no example's.
+    """
+    from relattn.controls import encode_control
+
+    found, bad = [], []
+    for example in examples:
+        try:
+            steerer.read([example.document])
+            encode_control(example.control, steerer.tokenizer)
+        except InputError as error:
+            field = "document" if error.field == "documents" else "control"
+            bad.append(
+                InputError(
+                    f"the tokenizer knows no token of the {field} of example {example.id!r}", field=field
+                )
+            )
+        else:
+            found.append(example)
+    for error in bad if skip_bad else ():
+        logger.warning("skipped: %s", error)
+    if bad and not (skip_bad and found):
+        more = f", and so of {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise InputError(f"{bad[0].message}{more}: leave such examples out with --skip-bad") from bad[0]
+    return found
 
 
 def load_scores(encoder: str | None, layer: int, device: str) -> Any:
@@ -87,7 +129,7 @@ def load_scores(encoder: str | None, layer: int, device: str) -> Any:
 
 
 def load_steerer(
-    model: str, temperature: str, module: Path | None, max_source: int | None, device: str
+    model: str, temperature: str, module: Path | None, max_source: int | None, device: str, prefix: str = ""
 ) -> Steerer:
     """A steerer of a model directory, with a relevance of that sharpness or a trained module.
 
@@ -103,10 +145,10 @@ def load_steerer(
     loaded, tokenizer = load_model(model, device)
     if module is not None:
         trained = RelAttnModule.from_pretrained(module).to(loaded.device)
-        return Steerer(loaded, tokenizer, module=trained, max_source_tokens=max_source)
+        return Steerer(loaded, tokenizer, module=trained, max_source_tokens=max_source, source_prefix=prefix)
     sharpness = "auto" if temperature == "auto" else float(temperature)
     relevance = EmbeddingRelevance(temperature=sharpness)
-    return Steerer(loaded, tokenizer, relevance, max_source_tokens=max_source)
+    return Steerer(loaded, tokenizer, relevance, max_source_tokens=max_source, source_prefix=prefix)
 
 
 def load_model(name: str, device: str) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Extract, then summarize: only the sentences that have to do with the control reach the summarizer."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,12 +39,18 @@ def sentence_relevance(document: str, result: RelevanceResult) -> list[SentenceR
         )
     relevance = result.a_rel.tolist()
     uniform = 1 / len(relevance)
-    found = []
-    for begin, end in sentence_spans(document):
-        mine = [a for a, (start, stop) in zip(relevance, result.offsets, strict=True)
-                if _middle(start, stop, document) in range(begin, end) and stop > start]  # fmt: skip
-        found.append(SentenceRelevance(begin, end, sum(mine), sum(max(a - uniform, 0.0) for a in mine)))
-    return found
+    spans = sentence_spans(document)
+    begins = [begin for begin, _ in spans]
+    inside: list[list[float]] = [[] for _ in spans]
+    for a, (start, stop) in zip(relevance, result.offsets, strict=True):
+        place = _first_letter(start, stop, document)
+        number = bisect_right(begins, place) - 1
+        if stop > start and number >= 0 and place < spans[number][1]:
+            inside[number].append(a)
+    return [
+        SentenceRelevance(begin, end, sum(mine), sum(max(a - uniform, 0.0) for a in mine))
+        for (begin, end), mine in zip(spans, inside, strict=True)
+    ]
 
 
 def relevant_sentences(sentences: Sequence[SentenceRelevance], keep: int) -> list[SentenceRelevance]:
@@ -60,7 +67,7 @@ def extract(document: str, result: RelevanceResult, keep: int = 3) -> str:
     return " ".join(document[sentence.begin : sentence.end] for sentence in chosen)
 
 
-def _middle(start: int, stop: int, document: str) -> int:
+def _first_letter(start: int, stop: int, document: str) -> int:
     """Where a token stands; its leading space, which byte-level tokens have, does not count."""
     while start < stop - 1 and document[start].isspace():
         start += 1

@@ -109,6 +109,7 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, float], None] | None = None,
+    source_prefix: str = "",
 ) -> FewShotResult:
     """Train relevance attention on a few examples.
 
@@ -123,6 +124,7 @@ def fit(
         resume: Go on from the checkpoint, if there is one, to the same result as an uninterrupted run (to the
             bit on a CPU).
         on_step: Called after each update with its number, from 1, and its loss.
+        source_prefix: See `Steerer`.
 
     Raises:
         InputError: No example; a document of both train and validation; nothing to train; a checkpoint of
@@ -131,13 +133,16 @@ def fit(
     settings = settings or FewShotSettings()
     _check_examples(train, validation)
     module = new_module(model) if module is None else module
-    steered = SteeredModel(model, tokenizer, module, label_smoothing=settings.label_smoothing)
+    steered = SteeredModel(
+        model, tokenizer, module, label_smoothing=settings.label_smoothing, source_prefix=source_prefix
+    )
     collate = SteeredCollator(steered.steerer, settings.max_target_tokens)
     parameters = _trainable(steered, settings.trainable)
     optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
     fingerprint = {
         **asdict(settings),
         "module": asdict(module.config),
+        "source_prefix": source_prefix,
         "train": [e.fingerprint for e in train],
         "validation": [e.fingerprint for e in validation],
     }

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from relattn.controls import Control, control_phrases
-from relattn.source import pad, read_controls, read_documents
+from relattn.source import pad, read_controls
 from relattn.steerer import Steerer
 from shared_core import InputError
 
@@ -83,7 +83,7 @@ class SteeredCollator:
             InputError: A blank document, control or summary.
         """
         steerer, pad_id = self.steerer, self.steerer.pad_id
-        texts = read_documents(steerer.tokenizer, [e.document for e in examples], steerer.max_source_tokens)
+        texts = steerer.read([e.document for e in examples])
         controls = read_controls(steerer.tokenizer, [e.control for e in examples], len(examples), "error")
         ids, mask = pad([text.ids for text in texts], pad_id)
         control_ids, control_mask = pad([control.ids for control in controls if control], pad_id)

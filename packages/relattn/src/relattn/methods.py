@@ -30,7 +30,7 @@ from relattn.pplm import PPLM, PPLMCost
 from relattn.prefix import with_prefix
 from relattn.results import ControlledSummary
 from relattn.softmax_bias import softmax_bias
-from relattn.source import SourceDocument, pad, read_documents
+from relattn.source import SourceDocument, pad
 from relattn.steerer import Steerer
 from shared_core import InputError
 
@@ -159,7 +159,7 @@ class _Members:
 
 
 def _encoded(steerer: Steerer, documents: Sequence[str], batch_size: int) -> Iterator[_Members]:
-    texts = read_documents(steerer.tokenizer, documents, steerer.max_source_tokens)
+    texts = steerer.read(documents)
     for start in range(0, len(texts), batch_size):
         numbers = range(start, min(start + batch_size, len(texts)))
         mine = [texts[n] for n in numbers]

@@ -37,11 +37,14 @@ class Candidate:
         weight: Its steering weight.
         text: The summary.
         kept: Whether it passed the filters.
+        decoded: Whether it was written under this weight; False where a coarse grid took it from the weights
+            on both sides, which gave the same.
     """
 
     weight: float
     text: str
     kept: bool
+    decoded: bool = True
 
 
 @dataclass(frozen=True)

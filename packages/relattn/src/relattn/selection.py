@@ -4,8 +4,9 @@ Nothing here sees a reference, the control or a likelihood: the candidates alone
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,59 @@ def keep(candidates: Sequence[str]) -> tuple[int, ...]:
             seen.add(text)
             kept.append(index)
     return tuple(kept)
+
+
+def coarse_to_fine(
+    sizes: Sequence[int], stride: int, decode: Callable[[Sequence[tuple[int, int]]], Sequence[str]]
+) -> list[dict[int, str]]:
+    """Candidates of grids of weights, of which not all need be decoded. Ours, not the paper's.
+
+    Every `stride`-th weight is decoded first, and the last one. Where two neighbours say the same, the
+    weights between them are taken to say it, too; where they differ, the middle is decoded, until no gap is
+    left.
+    What is taken for granted may be wrong: a weight between two equal summaries may give a third.
+
+    Args:
+        sizes: Number of weights of each document, 1 or more.
+        stride: Of the coarse grid, 1 or more; 1 decodes all.
+        decode: (Document, index of the weight) pairs to their candidates; called once a round.
+
+    Returns:
+        For each document the candidates that were decoded, by the weight's index.
+
+    Raises:
+        InputError: The stride is below 1.
+
+    >>> texts = "aaaabcccc"
+    >>> coarse_to_fine([9], 4, lambda pairs: [texts[i] for _, i in pairs])
+    [{0: 'a', 4: 'b', 8: 'c', 2: 'a', 6: 'c', 3: 'a', 5: 'c'}]
+    """
+    if stride < 1:
+        raise InputError("expected 1 or more", field="coarse", value=stride)
+    texts: list[dict[int, str]] = [{} for _ in sizes]
+    asked = [(row, i) for row, size in enumerate(sizes) for i in sorted({*range(0, size, stride), size - 1})]
+    while asked:
+        for (row, index), text in zip(asked, decode(asked), strict=True):
+            texts[row][index] = text
+        asked = [
+            (row, (a + b) // 2)
+            for row, known in enumerate(texts)
+            for a, b in pairwise(sorted(known))
+            if b - a > 1 and known[a] != known[b]
+        ]
+    return texts
+
+
+def filled(decoded: Mapping[int, str], size: int) -> list[str]:
+    """A candidate for each weight: its own, or that of the decoded ones on both sides of it.
+
+    >>> filled({0: "a", 3: "a", 4: "b"}, 5)
+    ['a', 'a', 'a', 'a', 'b']
+    """
+    found: list[str] = []
+    for index in range(size):
+        found.append(decoded[index] if index in decoded else found[-1])
+    return found
 
 
 def distinct_word_ratio(text: str) -> float:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from relattn.controls import Control, EncodedControl, encode_control, occurs_in
+from relattn.controls import Control, EncodedControl, control_phrases, encode_control, occurs_in
 from shared_core import InputError
 
 logger = logging.getLogger("relattn")
@@ -54,19 +54,26 @@ class SourceDocument:
         return self.text[start:end].strip()
 
 
-def read_documents(tokenizer: Any, documents: Sequence[str], limit: int | None) -> list[SourceDocument]:
-    """Tokenize documents, each cut to at most `limit` tokens.
+def read_documents(
+    tokenizer: Any, documents: Sequence[str], limit: int | None, prefix: str = ""
+) -> list[SourceDocument]:
+    """Tokenize documents, each behind the prefix and cut to at most `limit` tokens.
+
+    The prefix is the model's ("summarize: "), not the document's: its tokens stand for no text.
 
     Raises:
-        InputError: A document is blank or has no token but special ones, or documents is one string.
+        InputError: A document is blank, no text, or has no token but special ones; or documents is one
+            string.
     """
     if isinstance(documents, str):
         raise InputError("expected a list of documents, got one string: put it in a list", field="documents")
     found = []
     for number, text in enumerate(documents):
+        if not isinstance(text, str):
+            raise InputError(f"document {number} is no text", field="documents", value=text)
         if not text.strip():
             raise InputError(f"document {number} is empty: expected a text", field="documents")
-        document = _read(tokenizer, text, limit)
+        document = _read(tokenizer, text, limit, prefix)
         if all(document.special):
             raise InputError(
                 f"document {number} has no token: expected a text", field="documents", value=text
@@ -75,17 +82,23 @@ def read_documents(tokenizer: Any, documents: Sequence[str], limit: int | None) 
     return found
 
 
-def _read(tokenizer: Any, text: str, limit: int | None) -> SourceDocument:
+def _read(tokenizer: Any, text: str, limit: int | None, prefix: str = "") -> SourceDocument:
     fast = bool(getattr(tokenizer, "is_fast", False))
     options = {"return_special_tokens_mask": True, "return_offsets_mapping": fast, "verbose": False}
-    encoded = tokenizer(text, truncation=False, **options)
+    encoded = tokenizer(prefix + text, truncation=False, **options)
     lost = 0
     if limit is not None and len(encoded["input_ids"]) > limit:
         lost = len(encoded["input_ids"]) - limit
-        encoded = tokenizer(text, truncation=True, max_length=limit, **options)
+        encoded = tokenizer(prefix + text, truncation=True, max_length=limit, **options)
     ids = tuple(encoded["input_ids"])
     special = tuple(bool(flag) for flag in encoded["special_tokens_mask"])
-    offsets = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"]) if fast else None
+    offsets = None
+    if fast:
+        # A token of the prefix ends at 0, where the text begins: it stands for none of it.
+        moved = ((max(a - len(prefix), 0), max(b - len(prefix), 0)) for a, b in encoded["offset_mapping"])
+        offsets = tuple((int(a), int(b)) for a, b in moved)
+        special = tuple(s or (b > 0 and end == 0) for s, (_, b), (_, end) in
+                        zip(special, encoded["offset_mapping"], offsets, strict=True))  # fmt: skip
     names = tokenizer.convert_ids_to_tokens(list(ids))
     if offsets is None:
         tokens = tuple(tokenizer.convert_tokens_to_string([name]) for name in names)
@@ -112,7 +125,7 @@ def read_controls(
     found: list[EncodedControl | None] = []
     for number, control in enumerate(controls):
         given: Control = "" if control is None else control
-        blank = not given.strip() if isinstance(given, str) else not any(phrase.strip() for phrase in given)
+        blank = not control_phrases(given)
         found.append(None if blank and on_empty == "plain" else encode_control(given, tokenizer, number))
     return found
 

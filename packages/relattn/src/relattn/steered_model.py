@@ -26,6 +26,7 @@ class SteeredModel(nn.Module):
         tokenizer: Its tokenizer.
         module: The parameters of relevance attention.
         label_smoothing: Of the cross-entropy.
+        source_prefix: See `Steerer`.
         reference: Mix probabilities before the attention's dropout, as the formula says, by the slow path.
             The default is yes where the model has attention dropout and asks the attention interface (LED,
             ProphetNet and FSMT do not); else the fast path, which mixes behind the dropout.
@@ -38,11 +39,12 @@ class SteeredModel(nn.Module):
         module: RelAttnModule,
         *,
         label_smoothing: float = 0.0,
+        source_prefix: str = "",
         reference: bool | None = None,
     ) -> None:
         super().__init__()
         self.model, self.module = model, module
-        self.steerer = Steerer(model, tokenizer, module=module)
+        self.steerer = Steerer(model, tokenizer, module=module, source_prefix=source_prefix)
         self.label_smoothing = label_smoothing
         dropout = any(attention_dropout(layer) > 0 for layer in self.steerer.layers)
         self.reference = dropout and uses_attention_interface(model) if reference is None else reference

@@ -15,7 +15,15 @@ from relattn.families import cross_attentions, source_limit
 from relattn.generation import RowDecoder, evaluating, generation_settings, rows_that_fit, setting
 from relattn.relevance import EmbeddingRelevance, Relevance, effective_support
 from relattn.results import Candidate, ControlledSummary, RelevanceResult
-from relattn.selection import GRID, Similarity, consensus, coverage_select, loaded
+from relattn.selection import (
+    GRID,
+    Similarity,
+    coarse_to_fine,
+    consensus,
+    coverage_select,
+    filled,
+    loaded,
+)
 from relattn.source import SourceDocument, pad, read_controls, read_documents, warnings_about
 from relattn.steering import check_weight, steered
 from relattn.weights import RelAttnModule
@@ -40,6 +48,8 @@ class Steerer:
         target_tokenizer: The tokenizer of the summary where it is another one (EncoderDecoderModel).
         max_source_tokens: Longer documents are cut, with a warning. By default the model's or tokenizer's
             limit.
+        source_prefix: What the model wants in front of each document, such as T5's "summarize: ". Its tokens
+            stand for no text: offsets are those of the document alone. (`steer` takes tokens as they come.)
 
     Raises:
         InputError: The model is not supported, or an argument is wrong.
@@ -55,6 +65,7 @@ class Steerer:
         module: RelAttnModule | None = None,
         target_tokenizer: Any = None,
         max_source_tokens: int | None = None,
+        source_prefix: str = "",
     ) -> None:
         self.model = model
         self.layers = cross_attentions(model)
@@ -74,6 +85,7 @@ class Steerer:
                 field="module",
             )
         self.max_source_tokens = self._limit(max_source_tokens)
+        self.source_prefix = source_prefix
 
     @property
     def relevance_settings(self) -> Relevance:
@@ -173,6 +185,7 @@ class Steerer:
         grid: Sequence[float] = GRID,
         similarity: Similarity = "rouge1",
         select: str = "consensus",
+        coarse: int = 1,
         on_empty: str = "error",
         seed: int | None = None,
         **generate_arguments: Any,
@@ -189,6 +202,9 @@ class Steerer:
             similarity: What online selection compares candidates with, see `online_select`.
             select: "consensus" is the paper's selection; "coverage" takes the candidate that covers the most
                 relevance (`coverage_select`), which is not.
+            coarse: With 5, online selection decodes every fifth weight first, and those between two of them
+                only where they differ (`relattn.selection.coarse_to_fine`): faster, and not always the same
+                choice. 1 decodes the whole grid.
             on_empty: What a blank control means: an "error", or a "plain" summary.
             seed: Makes sampling repeatable; the global random state is not touched then.
             **generate_arguments: See `generate`.
@@ -197,6 +213,8 @@ class Steerer:
         settings = generation_settings(self.model, generate_arguments)
         online = isinstance(weight, str)
         if online:
+            if coarse < 1:
+                raise InputError("expected 1 or more", field="coarse", value=coarse)
             _check_online(weight, grid, select, seed, setting(self.model, settings, "do_sample", False))
             similarity = loaded(similarity, self.model.device)
         elif weight is not None or self.module is None:
@@ -214,7 +232,9 @@ class Steerer:
                 )  # fmt: skip
                 results = [self._result(batch, row, texts[n], asked[n]) for row, n in enumerate(members)]
                 if online:
-                    summaries = self._online(batch, results, texts, members, decode, grid, similarity, select)
+                    summaries = self._online(
+                        results, texts, members, decode, grid, similarity, select, coarse
+                    )
                 else:
                     w = self._weights(batch, weight, members, asked)
                     lines = decode(torch.arange(len(members)), w)
@@ -224,7 +244,6 @@ class Steerer:
 
     def _online(
         self,
-        batch: SteerableBatch,
         results: Sequence[RelevanceResult],
         texts: Sequence[SourceDocument],
         members: Sequence[int],
@@ -232,27 +251,31 @@ class Steerer:
         grid: Sequence[float],
         similarity: Similarity,
         select: str,
+        coarse: int,
     ) -> list[ControlledSummary]:
-        """Every document under every weight of the grid, then the selection. No control: decoded once."""
-        pairs = [
-            (row, w) for row, result in enumerate(results) for w in (grid if result.controls else (0.0,))
-        ]
-        index = torch.tensor([row for row, _ in pairs])
-        weights = torch.tensor([w for _, w in pairs], dtype=torch.float64)[:, None, None].expand(
-            -1, *self._shape
-        )
-        lines = decode(index, weights)
+        """Every document under the weights of the grid, then the selection. No control: decoded once."""
+        grids = [grid if result.controls else (0.0,) for result in results]
+
+        def lines(pairs: Sequence[tuple[int, int]]) -> list[str]:
+            weights = torch.tensor([grids[row][i] for row, i in pairs], dtype=torch.float64)
+            rows = torch.tensor([row for row, _ in pairs])
+            return decode(rows, weights[:, None, None].expand(-1, *self._shape))
+
+        decoded = coarse_to_fine([len(weights) for weights in grids], coarse, lines)
         found = []
         for row, result in enumerate(results):
-            mine = [(w, line) for (r, w), line in zip(pairs, lines, strict=True) if r == row]
-            candidates = [line for _, line in mine]
+            weights = grids[row]
+            candidates = filled(decoded[row], len(weights))
             chosen = consensus(candidates, similarity)
             kept, best = set(chosen.kept), chosen.index
             if select == "coverage":
                 best = self._covering(candidates, texts[members[row]], result)
-            tried = tuple(Candidate(w, line, i in kept) for i, (w, line) in enumerate(mine))
+            tried = tuple(
+                Candidate(w, line, i in kept, i in decoded[row])
+                for i, (w, line) in enumerate(zip(weights, candidates, strict=True))
+            )
             listed = tried if result.controls else ()
-            found.append(ControlledSummary(candidates[best], mine[best][0], result, listed))
+            found.append(ControlledSummary(candidates[best], weights[best], result, listed))
         return found
 
     def _covering(self, candidates: Sequence[str], document: SourceDocument, result: RelevanceResult) -> int:
@@ -271,10 +294,14 @@ class Steerer:
     def _shape(self) -> tuple[int, int]:
         return len(self.layers), self.layers[0].heads
 
+    def read(self, documents: Sequence[str]) -> list[SourceDocument]:
+        """Documents as the encoder reads them. Errors as for `generate`."""
+        return read_documents(self.tokenizer, documents, self.max_source_tokens, self.source_prefix)
+
     def _read(
         self, documents: Sequence[str], controls: Sequence[Control | None], on_empty: str
     ) -> tuple[list[SourceDocument], list[EncodedControl | None]]:
-        texts = read_documents(self.tokenizer, documents, self.max_source_tokens)
+        texts = self.read(documents)
         return texts, read_controls(self.tokenizer, controls, len(texts), on_empty)
 
     def _prepare(
