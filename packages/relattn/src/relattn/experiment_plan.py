@@ -18,6 +18,11 @@ formula's sharpness. relattn-online: each document's weight by online selection.
 candidates, chosen by covered relevance (not the paper's). oracle: relevance is uniform on the right passage.
 other-control: relattn with the control of another document."""
 
+CURVE_METRICS = ("rouge1", "success", "contrast")
+
+COARSE = 5
+"""The stride of the coarse grid, whose choices are compared with the whole grid's."""
+
 HARD_ARMS = ("plain", "boost", "relattn", "oracle")
 
 
@@ -77,11 +82,14 @@ class SeedResult:
         chosen: Settings by validation.
         scores: Arm to scores, one a test document.
         hard: The same with control words from outside the lead, on other documents.
-        curve: (temperature, weight) to (ROUGE-1, success, ROUGE-1 of plain) on validation documents.
+        curve: (temperature, weight) to what steering gains over plain on validation documents, by
+            CURVE_METRICS.
         texts: Arm to summaries of the first test documents.
         documents: These documents.
         relevance: Tokens and a_rel of the first test document, as relattn steered it.
         online_weights: Weights that online selection chose.
+        coarse: For each test document whether online selection on a coarse grid chooses the same summary, and
+            how many weights it decodes.
         seconds: Time to decode the test documents, by arm.
         pplm_cost: PPLM's passes on the test documents.
         copying: ROUGE-1 of plain summaries with the nearest lead: how well the summarizer writes.
@@ -92,11 +100,12 @@ class SeedResult:
     chosen: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, list[Score]] = field(default_factory=dict)
     hard: dict[str, list[Score]] = field(default_factory=dict)
-    curve: dict[tuple[float, float], tuple[float, float, float]] = field(default_factory=dict)
+    curve: dict[tuple[float, float], tuple[float, ...]] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
     documents: list[TopicDocument] = field(default_factory=list)
     relevance: tuple[tuple[str, ...], tuple[float, ...]] = ((), ())
     online_weights: list[float] = field(default_factory=list)
+    coarse: list[tuple[bool, int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     pplm_cost: PPLMCost = field(default_factory=PPLMCost)
     copying: float = 0.0

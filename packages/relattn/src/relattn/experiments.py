@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from relattn.experiment_plan import Plan, SeedResult
+from relattn.experiment_plan import COARSE, CURVE_METRICS, Plan, SeedResult
 from relattn.fewshot import FewShotSettings, fit
 from relattn.fewshot_data import FewShotExample
 from relattn.methods import MethodSettings, summarize
 from relattn.papers import LEAD_WORDS, SEPARATOR, Papers, TopicDocument, load_papers, topic_documents
 from relattn.pplm import PPLMCost
 from relattn.relevance import EmbeddingRelevance, Relevance, SimilarityRelevance
-from relattn.selection import coverage_select
+from relattn.selection import coarse_to_fine, coverage_select, filled, online_select
 from relattn.small_summarizer import new_summarizer, train_summarizer, word_tokenizer
 from relattn.steerer import Steerer
 from relattn.topic_scores import Score, choose, known_rouge1, mean, score
@@ -132,11 +132,9 @@ class Experiment:
         plain = self._score(documents, self._method("plain", documents))
         curve = {(t, w): self._score(documents, self._steered(documents, w, _embedding(t)))
                  for t in plan.temperatures for w in plan.weights}  # fmt: skip
-        base = mean(s.rouge1 for s in plain)
-        self.result.curve = {
-            key: (mean(s.rouge1 for s in found), mean(s.success for s in found), base)
-            for key, found in curve.items()
-        }
+        self.result.curve = {key: tuple(mean(_value(s, metric) for s in found)
+                                        - mean(_value(s, metric) for s in plain) for metric in CURVE_METRICS)
+                             for key, found in curve.items()}  # fmt: skip
         oracle = {
             w: self._score(documents, self._steered(documents, w, _oracle(documents))) for w in plan.weights
         }
@@ -217,10 +215,17 @@ class Experiment:
         covering = []
         for document, summary in zip(documents, found, strict=True):
             texts = [candidate.text for candidate in summary.candidates]
+            self._coarsely(texts, summary.text)
             ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             source = self.tokenizer(document.text)["input_ids"]
             covering.append(texts[coverage_select(texts, ids, source, summary.relevance.a_rel.tolist())])
         self._keep("relattn-coverage", covering)
+
+    def _coarsely(self, texts: Sequence[str], chosen: str) -> None:
+        """What a coarse grid would have chosen, and how much decoded: the same texts, but not all of them."""
+        (decoded,) = coarse_to_fine([len(texts)], COARSE, lambda pairs: [texts[i] for _, i in pairs])
+        candidates = filled(decoded, len(texts))
+        self.result.coarse.append((candidates[online_select(candidates)] == chosen, len(decoded)))
 
     def _decode_hard(self) -> None:
         """Control words from outside the lead only; the weight is chosen anew for them."""
@@ -287,6 +292,10 @@ class Experiment:
     @staticmethod
     def _score(documents: Sequence[TopicDocument], texts: Sequence[str]) -> list[Score]:
         return [score(document, text) for document, text in zip(documents, texts, strict=True)]
+
+
+def _value(score: Score, metric: str) -> float:
+    return float(getattr(score, metric))
 
 
 def _documents(
