@@ -31,12 +31,18 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from relattn import EmbeddingRelevance, Steerer, online_select
+from relattn.controls import encode_control
+from relattn.encoding import encode
+from relattn.families import source_embeddings
 from relattn.methods import MethodName, MethodSettings, summarize
 from relattn.papers import load_papers
 from relattn.pplm import PPLMCost
+from relattn.relevance import RelevanceInputs
 from relattn.rouge import pairwise_rouge
 from relattn.selection import GRID, keep
 from relattn.small_summarizer import word_tokenizer
+from relattn.source import pad
+from relattn.steering import context_vectors, relevant_context
 from shared_core.files import write_json
 
 LARGE = {"d_model": 1024, "layers": 12, "heads": 16, "ffn": 4096}  # bart-large but for its vocabulary
@@ -126,6 +132,31 @@ def steering_rows(rounds: int, tokens: int) -> Iterator[dict[str, Any]]:
     ours = theirs * statistics.median(times[:, 1] / times[:, 0])
     what = f"steered generate, bart-large's shape, batch 4, 4 beams, 128 tokens to {tokens}, encoder included"
     yield row(what, ours, theirs, "plain generate", version("transformers"), "s")
+    yield relevance_row(steerer, batch["input_ids"], controls)
+
+
+@torch.no_grad()
+def relevance_row(steerer: Steerer, ids: torch.Tensor, controls: Sequence[str]) -> dict[str, Any]:
+    """What is computed once a document, behind the encoder, beside one of the encoder's layers."""
+    model, settings = steerer.model, steerer.relevance_settings
+    encoded = encode(model, ids, torch.ones_like(ids).bool())
+    asked = [encode_control(control, steerer.tokenizer).ids for control in controls]
+    control_ids, control_mask = pad(asked, steerer.pad_id)
+
+    def once_a_document() -> None:
+        vectors = source_embeddings(model, control_ids)
+        inputs = RelevanceInputs(control_ids, control_mask, vectors, encoded.source_vectors, encoded.mask)
+        context = relevant_context(settings(inputs), encoded.decoder_states)
+        context_vectors(steerer.layers, context, encoded.decoder_states.dtype)
+
+    def layer() -> None:
+        model.get_encoder().layers[0](encoded.source_vectors, None)
+
+    once_a_document()
+    layer()
+    ours, theirs = 1e3 * in_turns([once_a_document, layer], 9).min(0)
+    what = "relevance (auto) and context vectors of 12 layers, batch 4, 128 tokens"
+    return row(what, ours, theirs, "one encoder layer", version("transformers"), "ms")
 
 
 # (b) Online selection, (c) PPLM.
