@@ -24,8 +24,9 @@ class PrivacyLedger:
     """An accountant with a budget, kept in a file.
 
     `charge` is called *before* a release. It writes the file, to disk, and returns; a process that is killed
-    afterwards has paid for a release that nobody may have seen, never the other way round. Several processes
-    may share the file: each charge reads it afresh, under a lock (a file beside it, `<name>.lock`).
+    afterwards, or a machine that loses power, has paid for a release that nobody may have seen, never the
+    other way round. Several processes may share the file: each charge reads it afresh, under a lock (a file
+    beside it, `<name>.lock`).
 
     Args:
         path: The file; a missing one is started, an existing one is resumed. None keeps it in memory.
@@ -83,6 +84,7 @@ class PrivacyLedger:
         self.accountant.add(self.round_privacy, rounds)
         if self.path is not None:
             write_json(self.path, self._parameters() | {"history": self.accountant.state()})
+            _sync_folder(self.path.resolve().parent)
         return after
 
     def check(self, mechanism: SkellamMixture) -> None:
@@ -142,3 +144,12 @@ class PrivacyLedger:
                     value=value,
                 )
         return data
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the renaming of a file in a folder on disk too: without it, a power failure could undo a charge."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
