@@ -38,6 +38,13 @@ def test_dp_accounting_event_composes_with_gaussian_noise():
     accountant.compose(dp_accounting.GaussianDpEvent(5.0))
     finite = np.isfinite(accountant.rdp)
     np.testing.assert_allclose(accountant.rdp[finite], (1000 * kind.rdp(128) + gaussian.rdp)[finite])
+    for adjacency, refused in (("replace-one", "zero-out"), ("zero-out", "add-remove")):
+        other = RoundPrivacy(4096.0, MU, 4, adjacency=adjacency)
+        with pytest.raises(dp_accounting.UnsupportedEventError, match=f"is for {refused} adjacency"):
+            rdp_accountant(adjacency=refused).compose(dp_event(other))
+        own = rdp_accountant(8, adjacency)
+        own.compose(dp_event(other))
+        np.testing.assert_array_equal(own.rdp, other.rdp(8))
     nested = rdp_accountant()
     nested.compose(dp_accounting.SelfComposedDpEvent(dp_event(kind), 1000))
     assert nested.get_epsilon(1e-5) == pytest.approx(2.998798, abs=1e-6)

@@ -101,6 +101,29 @@ def test_dropouts_and_amplification_exclude_each_other():
             SkellamMixtureStrategy(FedAvg(), found, ledger, population=12, sampling_rate=0.4)
 
 
+def test_absent_clients_have_no_guarantee_and_the_noise_is_the_ledgers():
+    from dataclasses import replace
+
+    from flwr.serverapp.strategy import FedAvg
+
+    from shared_core import InputError
+    from smm_dp import calibrate
+    from smm_dp.flower import SkellamMixtureStrategy
+    from smm_dp.ledger import PrivacyLedger
+
+    for adjacency in ("add-remove", "zero-out"):
+        found = calibrate(
+            8.0, 1e-5, 256.0, 16.0, 1.0, 2, "numeric", dim=7, participants=6, adjacency=adjacency
+        )
+        ledger = PrivacyLedger(None, 8.0, 1e-5, found.round_privacy)
+        if adjacency == "add-remove":
+            with pytest.raises(InputError, match="adjacency: a client's absence shows"):
+                SkellamMixtureStrategy(FedAvg(), found, ledger, population=6)
+        less = replace(found, mu_total=found.mu_total / 2)
+        with pytest.raises(InputError, match="mu_total: the ledger's rounds state noise of mu"):
+            SkellamMixtureStrategy(FedAvg(), less, ledger, population=6)
+
+
 class FakeGrid:
     """Clients in this process: messages go through `smm_mod`, an exception becomes an error reply."""
 

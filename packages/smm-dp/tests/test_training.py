@@ -268,9 +268,11 @@ def test_an_amplified_round_has_one_constant_total_noise(participants, vectors, 
     m = SkellamMixture(4, 100.0, 10.0, 12, 20.0, participants, 1)
     rows = {f"p{i}": np.zeros(4) for i in range(vectors)}
     ledger = PrivacyLedger(None, 1000.0, 1e-5, RoundPrivacy(100.0, stated, 1, sampling_rate=0.5))
-    with pytest.raises(InputError, match="one constant total noise"):
-        secure_round(m, rows, ledger, least=least)
-    assert ledger.rounds == 0
+    absent = PrivacyLedger(None, 1000.0, 1e-5, RoundPrivacy(100.0, stated, 1, adjacency="add-remove"))
+    for one in (ledger, absent):
+        with pytest.raises(InputError, match="one constant total noise"):
+            secure_round(m, rows, one, least=least)
+        assert one.rounds == 0
     whole = PrivacyLedger(None, 1000.0, 1e-5, RoundPrivacy(100.0, stated, 1))
     secure_round(m, rows, whole, least=least)
     secure_round(SkellamMixture(4, 100.0, 10.0, 12, 20.0, vectors, 1), rows, ledger)

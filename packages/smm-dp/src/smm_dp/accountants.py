@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared_core import InputError
 from smm_dp.mechanism import Accounting
-from smm_dp.privacy import Accountant, RoundPrivacy
+from smm_dp.privacy import Accountant, Adjacency, RoundPrivacy
 from smm_dp.rdp import Guarantee
 
 if TYPE_CHECKING:
@@ -96,6 +96,12 @@ def _dp_accounting_classes() -> tuple[type, type]:
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'smm-dp[accounting]'") from error
 
+    relations = {
+        "zero-out": NeighboringRelation.REPLACE_SPECIAL,
+        "add-remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
+        "replace-one": NeighboringRelation.REPLACE_ONE,
+    }
+
     @attrs.frozen
     class SkellamMixtureDpEvent(dp_event.DpEvent):
         """One round of the Skellam mixture mechanism, sampling included."""
@@ -105,11 +111,17 @@ def _dp_accounting_classes() -> tuple[type, type]:
     class SkellamMixtureRdpAccountant(RdpAccountant):
         """An RDP accountant at integer orders that also knows `SkellamMixtureDpEvent`."""
 
-        def __init__(self, max_order: int = 128) -> None:
-            super().__init__(list(range(2, max_order + 1)), NeighboringRelation.ADD_OR_REMOVE_ONE)
+        def __init__(self, max_order: int, adjacency: Adjacency) -> None:
+            super().__init__(list(range(2, max_order + 1)), relations[adjacency])
+            self._adjacency = adjacency
 
         def _maybe_compose(self, event: Any, count: int, do_compose: bool) -> Any:
             if isinstance(event, SkellamMixtureDpEvent):
+                if event.round_privacy.adjacency != self._adjacency:
+                    return self.CompositionErrorDetails(
+                        invalid_event=event,
+                        error_message=f"this accountant is for {self._adjacency} adjacency",
+                    )
                 if do_compose:
                     self._rdp = self._rdp + count * event.round_privacy.rdp(int(self._orders[-1]))
                 return None
@@ -121,12 +133,17 @@ def _dp_accounting_classes() -> tuple[type, type]:
 def dp_event(round_privacy: RoundPrivacy) -> Any:
     """Return a dp-accounting event of one round, to be composed with other mechanisms' events.
 
-    Sampling is part of `round_privacy`; do not wrap the event in a `PoissonSampledDpEvent`. dp-accounting's
-    ADD_OR_REMOVE_ONE stands for the adjacency that `round_privacy` states.
+    Sampling is part of `round_privacy`; do not wrap the event in a `PoissonSampledDpEvent`.
     """
     return _dp_accounting_classes()[0](round_privacy)
 
 
-def rdp_accountant(max_order: int = 128) -> Any:
-    """Return a `dp_accounting.rdp.RdpAccountant` that also understands `dp_event`."""
-    return _dp_accounting_classes()[1](max_order)
+def rdp_accountant(max_order: int = 128, adjacency: Adjacency = "zero-out") -> Any:
+    """Return a `dp_accounting.rdp.RdpAccountant` that also understands `dp_event`.
+
+    Args:
+        max_order: Largest order.
+        adjacency: Of all that is composed; events of rounds with another one are refused. dp-accounting calls
+            them REPLACE_SPECIAL (zero-out), ADD_OR_REMOVE_ONE and REPLACE_ONE.
+    """
+    return _dp_accounting_classes()[1](max_order, adjacency)

@@ -185,8 +185,9 @@ class SkellamMixtureStrategy(Strategy):
     that are made would sample at more than the rate that is accounted.) The total noise is divided among so
     many as must finish, so it does not depend on how many were drawn.
 
-    A client whose reply is malformed counts as dropped out. A round in which too few finish changes nothing
-    and stays charged.
+    A client whose reply is malformed counts as dropped out. Whether a client drops out must not depend on its
+    data: that is why `smm_mod` sends noise around zero where training fails. A round in which too few finish
+    changes nothing and stays charged.
 
     Args:
         inner: Strategy that applies the mean, e.g. FedAvg, FedAdam, FedAvgM.
@@ -202,7 +203,8 @@ class SkellamMixtureStrategy(Strategy):
         patience: Seconds to wait at most, before a round, for `population` clients to be connected.
 
     Raises:
-        InputError: The ledger was made for another kind of round, or dropouts meet amplification.
+        InputError: The ledger was made for another kind of round, for add-remove adjacency, or dropouts meet
+            amplification.
     """
 
     def __init__(
@@ -223,6 +225,18 @@ class SkellamMixtureStrategy(Strategy):
             or sampling_rate != ledger.round_privacy.sampling_rate
         ):
             raise InputError("the ledger was made for another kind of round", field="ledger")
+        if parameters.mu_total != ledger.round_privacy.mu:
+            raise InputError(
+                f"the ledger's rounds state noise of mu {ledger.round_privacy.mu:g}",
+                field="mu_total",
+                value=parameters.mu_total,
+            )
+        if ledger.round_privacy.adjacency == "add-remove":
+            raise InputError(
+                "a client's absence shows in which rounds are given up and in how much noise there is: "
+                "calibrate with adjacency='zero-out'",
+                field="adjacency",
+            )
         if not 0 <= dropouts < 0.5:
             raise InputError("a share in 0..0.5", field="dropouts", value=dropouts)
         if dropouts > 0 and ledger.round_privacy.effective_rate < 1:

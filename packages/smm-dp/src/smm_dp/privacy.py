@@ -51,7 +51,8 @@ class RoundPrivacy:
         accounting: "paper" (default of the package) or "numeric".
         sampling_rate: q, chance that a participant takes part, independent of everything (Poisson sampling).
         adjacency: "zero-out": a vector is replaced by zero, its noise is still added. "replace-one": it is
-            replaced by another one. "add-remove": the participant is absent; only with constant total noise.
+            replaced by another one. "add-remove": the participant is absent; only with constant total noise,
+            and only against an observer who does not see who takes part.
         observer: "model-release" sees the results only. "server" also knows who takes part in which round, so
             sampling hides nothing from it: the cost is counted per participation, with rate 1.
         noise_share: "constant-total": who takes part divides `mu` among themselves, whoever they are
@@ -96,6 +97,13 @@ class RoundPrivacy:
                 "(mu/count each) or "
                 "adjacency='zero-out'",
                 field="adjacency",
+            )
+        if self.adjacency == "add-remove" and self.observer == "server":
+            raise InputError(
+                "the server sees who takes part, so it sees that a participant is absent: use "
+                "adjacency='zero-out' for this observer",
+                field="adjacency",
+                value=self.adjacency,
             )
         if self.effective_rate < 1 and self.adjacency == "replace-one":
             raise InputError(
@@ -181,6 +189,11 @@ class RoundPrivacy:
                 "the expected number, and those who take part share one constant total noise."
             )
         out.append("Participants keep their rounding coins and their noise to themselves.")
+        out.append(
+            "Nobody drops out once a round has begun: that it is given up would show who took part."
+            if self.adjacency == "add-remove"
+            else "Whether a participant drops out does not depend on its vector."
+        )
         out.append(
             "Accounting: the paper's bound, at orders whose conditions hold at the rounded coordinate bound."
             if self.accounting == "paper"

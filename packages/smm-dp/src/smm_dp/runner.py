@@ -68,10 +68,12 @@ def secure_round(
             f"{ledger.round_privacy.mu:.6g}",
             field="least",
         )
-    if ledger.round_privacy.effective_rate < 1 and not mechanism.participants == len(names) == least:
+    kind = ledger.round_privacy
+    constant = kind.effective_rate < 1 or kind.adjacency == "add-remove"
+    if constant and not mechanism.participants == len(names) == least:
         raise InputError(
-            f"amplification by sampling needs one constant total noise: the mechanism shares it among "
-            f"{mechanism.participants}, {len(names)} take part and {least} suffice",
+            "amplification by sampling and add-remove adjacency need one constant total noise: the mechanism "
+            f"shares it among {mechanism.participants}, {len(names)} take part and {least} suffice",
             field="least",
             value=least,
         )
