@@ -157,6 +157,19 @@ def test_sampled_reverse_bound_for_arbitrary_laws(seed, rate, order):
     assert renyi_divergence(q, mixed, order) <= bound * (1 + 1e-9) + 1e-12
 
 
+@given(st.floats(0.95, 0.999), st.floats(1e-3, 0.9), st.integers(2, 24))
+def test_sampled_reverse_bound_is_reached_by_a_loss_with_two_values(weight, rate, order):
+    """P has hardly anything where Q has 1 − weight: there q(L−1) is −q, and there lies the variance."""
+    tiny = 1e-13
+    q = np.array([1 - weight, weight])
+    p = np.array([tiny, 1 - tiny])
+    exact = renyi_divergence(np.log(q), np.log((1 - rate) * q + rate * p), order)
+    chi = float((p * p / q).sum())
+    bound = poisson_sampled_reverse(np.full(order - 1, np.inf), math.log(chi), rate)[-1]
+    assert exact <= bound * (1 + 1e-9)
+    assert bound <= 1.2 * exact
+
+
 def test_conversion_equals_the_formula_and_warns_of_the_edge():
     spent = to_epsilon([2, 3, 4], np.array([0.5, 0.7, 1.2]), 1e-5)
     each = [

@@ -121,7 +121,7 @@ def poisson_sampled_reverse(
 ) -> Float64[np.ndarray, " n"]:
     """Return a bound of D_α(Q ‖ (1−q)Q + qP) for any P, Q with a common support (docs/numeric-accounting.md).
 
-    Taylor's formula to third order: log[1 + C(α,2) q² (e^τ(2) − 1)(1 + (α+1)/3 · q (1−q)^(−α−2))]/(α−1).
+    The smaller of log[1 + (e^τ(2) − 1)·((1−q)^(1−α) − 1 − (α−1)q)]/(α−1) and q·D_⌈1+q(α−1)⌉(Q ‖ P).
 
     Args:
         rdp_reverse: D_α(Q ‖ P) for α = 2 .. n+1, which the bound never exceeds.
@@ -130,11 +130,15 @@ def poisson_sampled_reverse(
     """
     if rate in (0.0, 1.0):
         return rdp_reverse * rate
-    orders = np.arange(2, rdp_reverse.size + 2)
+    growth, curve = 0.0, np.empty(rdp_reverse.size)
     with np.errstate(over="ignore"):
-        third = 1 + (orders + 1) / 3 * rate * np.exp(-(orders + 2) * math.log1p(-rate))
-        second = orders * (orders - 1) / 2 * rate**2 * np.expm1(rdp_two) * third
-        return np.minimum(np.log1p(second) / (orders - 1), rdp_reverse)
+        for j in range(rdp_reverse.size):  # (1−q)^−(j+1) − 1 − (j+1)q, by lemma 5: without cancellation
+            growth = np.float64(growth + (j + 1) * rate**2) / (1 - rate)
+            curve[j] = growth
+        moment = np.expm1(rdp_two) * curve
+    gaps = np.arange(1, rdp_reverse.size + 1)  # α − 1
+    lower = np.ceil(rate * gaps).astype(int)  # ⌈1+q(α−1)⌉ − 1
+    return np.minimum(np.log1p(moment) / gaps, np.minimum(rate * rdp_reverse[lower - 1], rdp_reverse))
 
 
 def to_epsilon(orders: Sequence[int], rdp: Float64[np.ndarray, " n"], delta: float) -> Guarantee:
