@@ -32,6 +32,20 @@ def test_googles_numbers():
     assert round(skellam_rdp(8, bound, rounded_l1_bound(bound, 65536), 2000.0), 6) == 41.371132
 
 
+@pytest.mark.parametrize("scale", [3.0, 64.0, 1000.0])
+def test_skellam_bound_is_corollary_4_1_in_the_vectors_own_units(scale):
+    """As its authors' code states it: μ the variance in own units, s the scale, sensitivities unscaled."""
+    l2, l1, mu = 1.7, 21.0, 0.6
+    for a in (2, 5, 40):
+        stated = a * l2**2 / (2 * mu) + min(
+            ((2 * a - 1) * scale * l2**2 + 6 * l1) / (4 * scale**3 * mu**2), 3 * l1 / (2 * scale * mu)
+        )
+        ours = skellam_rdp(a, scale * l2, scale * l1, scale**2 * mu)
+        assert ours == pytest.approx(stated, rel=1e-12)
+    many = skellam_rdp(np.array([2, 5, 40]), scale * l2, scale * l1, scale**2 * mu)
+    assert many[2] == pytest.approx(stated, rel=1e-12)
+
+
 def test_skellam_formula_takes_the_smaller_of_its_two_terms():
     """By hand: α=8, B=B₁=V=1: 8/2 + min(21/4, 3/2); V=10: 8/20 + min(21/400, 3/20)."""
     assert skellam_rdp(8, 1.0, 1.0, 1.0) == 5.5
@@ -94,6 +108,22 @@ def test_binomial_theorem_is_above_the_exact_delta():
     assert math.isfinite(epsilon)
     assert np.maximum(pmf[:-1] - math.exp(epsilon) * pmf[1:], 0).sum() <= delta
     assert cpsgd_epsilon(100, delta, 1, 1.0, 1.0, 1.0) == math.inf
+
+
+@pytest.mark.parametrize("shift", [(1, 1), (3, 1), (-2, 4)])
+@pytest.mark.parametrize(("n", "delta"), [(1600, 1e-3), (1600, 1e-6), (8000, 1e-5)])
+def test_binomial_theorem_covers_exact_sums_in_two_dimensions(shift, n, delta):
+    from scipy.stats import binom
+
+    log_pmf_ = binom.logpmf(np.arange(n // 2 - 400, n // 2 + 401), n, 0.5)
+    moved = [np.roll(log_pmf_, s)[10:-10] for s in shift]
+    log_p = np.add.outer(*moved)
+    log_q = np.add.outer(log_pmf_[10:-10], log_pmf_[10:-10])
+    sizes = np.abs(shift)
+    epsilon = cpsgd_epsilon(n, delta, 2, float(np.hypot(*shift)), float(sizes.sum()), float(sizes.max()))
+    assert math.isfinite(epsilon)
+    for p, q in ((log_p, log_q), (log_q, log_p)):
+        assert np.maximum(np.exp(p) - np.exp(epsilon + q), 0).sum() <= delta
 
 
 def test_cpsgd_needs_more_noise_than_the_others():

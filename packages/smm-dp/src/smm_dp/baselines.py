@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -26,6 +25,8 @@ from smm_dp.rotation import padded_dimension, rotate, unrotate
 from smm_dp.samplers import binomial_table, discrete_gaussian_table, sample_skellam
 
 Baseline = Literal["skellam", "ddgauss", "cpsgd"]
+Orders = int | Integer[np.ndarray, " n"]
+Divergences = float | Float64[np.ndarray, " n"]
 BETA = math.exp(-0.5)
 """Chance that the first rounding is refused, at most: the value in the baselines' code."""
 
@@ -67,22 +68,24 @@ def conditional_round(
     raise InputError(f"no rounding out of {tries} had a norm within the bound", field="bound", value=bound)
 
 
-def skellam_rdp(order: int, l2: float, l1: float, variance: float) -> float:
+def skellam_rdp(order: Orders, l2: float, l1: float, variance: float) -> Divergences:
     """Return τ(α) of the Skellam mechanism (Agarwal, Kairouz, Liu 2021), `variance` = 2·mu of the sum.
+
+    For one order or many.
 
     αB²/(2V) + min{((2α−1)B² + 6B₁)/(4V²), 3B₁/(2V)}.
 
     >>> bound = rounded_norm_bound(64.0, 65536)
-    >>> round(skellam_rdp(8, bound, rounded_l1_bound(bound, 65536), 2000.0), 6)
+    >>> round(float(skellam_rdp(8, bound, rounded_l1_bound(bound, 65536), 2000.0)), 6)
     41.371132
     """
-    extra = min(((2 * order - 1) * l2**2 + 6 * l1) / (4 * variance**2), 3 * l1 / (2 * variance))
+    extra = np.minimum(((2 * order - 1) * l2**2 + 6 * l1) / (4 * variance**2), 3 * l1 / (2 * variance))
     return order * l2**2 / (2 * variance) + extra
 
 
 def discrete_gaussian_rdp(
-    order: int, l2: float, l1: float, variance_each: float, participants: int, dim: int
-) -> float:
+    order: Orders, l2: float, l1: float, variance_each: float, participants: int, dim: int
+) -> Divergences:
     """Return τ(α) of n added discrete Gaussians of parameter σ² each (Kairouz, Liu, Steinke 2021, prop. 14).
 
     A sum of discrete Gaussians is not one; t bounds how far it is from it.
@@ -90,21 +93,17 @@ def discrete_gaussian_rdp(
     sd = math.sqrt(participants * variance_each)
     t = _gap_of_the_sum(variance_each, participants)
     two, one = l2 / sd, l1 / sd
-    return min(
-        order * two**2 / 2 + t * dim,
-        order / 2 * (two**2 + 2 * one * t + t**2 * dim),
-        order / 2 * (two + math.sqrt(dim) * t) ** 2,
-    )
+    slope = min(two**2 + 2 * one * t + t**2 * dim, (two + math.sqrt(dim) * t) ** 2) / 2
+    return np.minimum(order * two**2 / 2 + t * dim, order * slope)
 
 
-@lru_cache(maxsize=8)  # asked for at every order
 def _gap_of_the_sum(variance_each: float, participants: int) -> float:
     """Return t, which bounds how far a sum of discrete Gaussians is from one discrete Gaussian."""
     k = np.arange(1, participants)
     return 10 * float(np.exp(-2 * math.pi**2 * variance_each * k / (k + 1)).sum())
 
 
-def gaussian_rdp(order: int, l2: float, sd: float) -> float:
+def gaussian_rdp(order: Orders, l2: float, sd: float) -> Divergences:
     """Return τ(α) = αΔ²/(2σ²) of the central Gaussian mechanism: no rounding, no modulus."""
     return order * l2**2 / (2 * sd**2)
 
@@ -131,9 +130,9 @@ def analytic_gaussian_sd(epsilon: float, delta: float, l2: float) -> float:
 def cpsgd_epsilon(trials: int, delta: float, dim: int, l2: float, l1: float, linf: float) -> float:
     """Return epsilon of one release with noise Bin(N, 1/2) − N/2 (Agarwal et al. 2018, theorem 1).
 
-    Unverified: the theorem's own text was not opened. Constants and condition are those of a public
-    implementation, of which several copies circulate that hardly differ, so they do not confirm one
-    another. Infinite where the condition N/4 ≥ max(23 log(10d/δ), 2Δ∞) fails.
+    Second-hand: the paper's own text was not opened. Formula, constants and condition are those of the
+    Internet-Draft draft-case-ppm-binomial-dp, which restates theorem 1 and equation (7); the tests hold them
+    to exact sums in one and two dimensions. Infinite where N/4 ≥ max(23 log(10d/δ), 2Δ∞) fails.
 
     Args:
         trials: N of the summed noise; its variance is N/4.
@@ -255,8 +254,10 @@ def baseline_guarantee(
     return _cpsgd_guarantee(variance_total, delta, d, l2, l1, sampling_rate, rounds)
 
 
-def _composed(rdp: Callable[[int], float], rate: float, rounds: int, delta: float) -> Guarantee:
-    curve = np.array([rdp(order) for order in ORDERS])
+def _composed(
+    rdp: Callable[[Integer[np.ndarray, " n"]], Divergences], rate: float, rounds: int, delta: float
+) -> Guarantee:
+    curve = np.asarray(rdp(np.array(ORDERS)))
     return to_epsilon(ORDERS, rounds * poisson_sampled(curve, rate), delta)
 
 
