@@ -258,7 +258,7 @@ def _paper_curves(run: ProofRun, quick: bool) -> None:
     dim, count = SPHERE[quick]
     widths = (6, 8, 10, 14)
     epsilons = (8.0,) if quick else (1.0, 3.0, 8.0)
-    methods: tuple[Method, ...] = ("smm-dp", "skellam", "ddgauss")
+    methods: tuple[Method, ...] = (*INTEGER_METHODS, "cpsgd")
 
     def vectors(seed: int) -> np.ndarray:
         return sphere_vectors(count, dim, seed)
