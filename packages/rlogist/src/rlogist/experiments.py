@@ -27,7 +27,7 @@ from rlogist.parallel import Done, run_all
 from rlogist.ppo import PPO, PPOSettings
 from rlogist.slides import Slide
 from rlogist.sources import Bag, bag_of
-from rlogist.stage import run_stage
+from rlogist.stage import derived_generator, run_stage
 from rlogist.staged import StagedSettings
 from shared_core import InputError
 
@@ -39,6 +39,9 @@ UPDATES: tuple[Update, ...] = ("global", "targeted", "none")
 
 STAGED = StagedSettings(
     epochs=140,
+    track_from=10,
+    min_epochs=40,
+    patience=30,
     lr=1e-3,
     weight_decay=3e-3,
     batch=4,
@@ -69,12 +72,14 @@ class Sizes:
     architecture: Architecture = NETWORKS
     rhos: tuple[float, ...] = (0.1, 0.2)
     timed: int = 3
+    starts: int = 2
 
 
 QUICK = Sizes(
     slides=12,
+    starts=1,
     world=replace(WORLD, size=1536, group_radius=200.0, groups=2),
-    staged=replace(STAGED, epochs=10, global_epochs=2, mixed_epochs=2),
+    staged=replace(STAGED, epochs=10, track_from=2, global_epochs=2, mixed_epochs=2),
     ppo=replace(PPO_SETTINGS, steps=256, n_envs=8, n_steps=8),
     timed=1,
 )
@@ -215,14 +220,27 @@ def observe(task: tuple[Dataset, Sizes, int]) -> tuple[Numbers, State]:
     sides = split(data.bags, seed)
     bags, held, judged = ([data.bags[i] for i in own] for own in (sides.train, sides.validation, sides.test))
     numbers = {"low-res only": low_res(bags, held, judged, sizes, seed)}
-    model = _model(bags, sizes, seed)
-    run_stage(FullObservation(model.modules, bags, held, sizes.staged, seed))
-    stores = [make_store(own, model.modules) for own in (bags, held, judged)]
+    modules = best_start(bags, held, sizes, seed)
+    stores = [make_store(own, modules) for own in (bags, held, judged)]
     for pooling in MIL_POOLINGS:
         rival = fit_pooled(pooling, *stores[:2], classes=2, seed=seed, width=sizes.architecture.width)
         with torch.no_grad():
             numbers[f"{pooling} of all regions"] = _scores(rival(stores[2].seen, stores[2].valid), stores[2])
-    return numbers, model.modules.state_dict()
+    return numbers, modules.state_dict()
+
+
+def best_start(
+    bags: Sequence[Bag], held: Sequence[Bag], sizes: Sizes, seed: int, scan_only: bool = False
+) -> Modules:
+    """Stage A from several initial weights; the lowest cross-entropy of validation slides chooses."""
+    found: list[FullObservation] = []
+    for start in range(sizes.starts):
+        modules = Modules(sizes.architecture, derived_generator(seed, 6, start))
+        fit_scale(modules, bags)
+        stage = FullObservation(modules, bags, held, sizes.staged, seed, scan_only)
+        run_stage(stage)
+        found.append(stage)
+    return min(found, key=lambda stage: stage.best_loss).modules
 
 
 def run_update(task: tuple[Dataset, Sizes, int, Update, State, Path | None]) -> Numbers:
@@ -269,9 +287,7 @@ def low_res(
     bags: Sequence[Bag], held: Sequence[Bag], judged: Sequence[Bag], sizes: Sizes, seed: int
 ) -> dict[str, float]:
     """A classifier of its own on the scan alone, trained with the same care."""
-    modules = Modules(sizes.architecture, torch.Generator().manual_seed(seed))
-    fit_scale(modules, bags)
-    run_stage(FullObservation(modules, bags, held, sizes.staged, seed, scan_only=True))
+    modules = best_start(bags, held, sizes, seed, scan_only=True)
     store = make_store(judged, modules)
     with torch.no_grad():
         return _scores(modules.classifier(store.scan, store.valid), store)
