@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_extract_train_predict_evaluate_report(world, tmp_path, capsys):
     code, shown, errors = run(capsys, "predict", slides, "--model", model, "--out", tmp_path / "p", "--html")
     (world / "slides" / "broken.tif").unlink()
     assert (code, "1 of 5 slides failed" in errors) == (2, True)
+    again = ("predict", slides, "--model", model, "--out", tmp_path / "p", "--html")
+    (tmp_path / "p" / "s2.json").unlink()  # as if the run had been killed there
+    (tmp_path / "p" / "s3.html").unlink()
+    code, shown, _ = run(capsys, *again)
+    assert (code, shown.count("kept")) == (0, 2)
+    assert (tmp_path / "p" / "s2.json").exists()
+    assert (tmp_path / "p" / "s3.html").exists()
+    assert run(capsys, *again, "--rho", 0.5)[1].count("kept") == 0  # another question
+    assert run(capsys, *again)[1].count("kept") == 0
+    os.utime(slides / "s1.tif")  # another file
+    assert run(capsys, *again)[1].count("kept") == 3
     found = json.loads((tmp_path / "p" / "s0.json").read_text())
     assert found["looks"] == len(found["path"]) == -(-found["regions"] // 5)
     assert sum(row["pixels"] for row in found["ledger"]["reads"] if row["purpose"] == "deep") == (

@@ -147,6 +147,19 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, words, capsys):
     assert errors.count("\n") == 1
 
 
+def test_the_label_table_of_a_data_set_is_written(tmp_path, capsys):
+    (tmp_path / "TCGA-LUAD" / "u").mkdir(parents=True)
+    (tmp_path / "TCGA-LUAD" / "u" / "TCGA-05-4244-01Z-00-DX1.abc.svs").touch()
+    code, shown, _ = run(capsys, "labels", tmp_path, "--out", tmp_path / "l.csv")
+    assert (code, "1 slides (1 LUAD)" in shown) == (0, True)
+    assert (tmp_path / "l.csv").read_text().splitlines()[1] == (
+        "TCGA-LUAD/u/TCGA-05-4244-01Z-00-DX1.abc.svs,LUAD,TCGA-05-4244,"
+    )
+    (tmp_path / "training" / "normal").mkdir(parents=True)  # now it looks like CAMELYON16, and is not whole
+    code, _, errors = run(capsys, "labels", tmp_path, "--out", tmp_path / "m.csv")
+    assert (code, "missing: training/tumor, testing/images" in errors) == (2, True)
+
+
 def test_demo_slides_can_be_extracted(tmp_path, capsys):
     out = tmp_path / "demo"
     assert run(capsys, "demo-slides", "--out", out, "--slides", 1, "--size", 1024)[0] == 0

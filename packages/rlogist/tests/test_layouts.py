@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from rlogist.layouts import (
     camelyon16,
     find_slides,
     patient_of,
+    public_layout,
     read_labels,
     split_patients,
     tcga,
+    write_labels,
 )
 from shared_core import InputError
 
@@ -113,6 +116,22 @@ def test_camelyon16_as_it_is_distributed(tmp_path: Path):
         "test_002": ("normal", "test"),
     }
     assert {name for name, record in found.items() if record.annotation} == {"tumor_001", "test_001"}
+
+
+def test_the_label_table_of_a_data_set_finds_the_features_of_its_slides(tmp_path: Path):
+    slides = touch(
+        tmp_path / "tcga", "LUAD/u1/TCGA-05-4244-01Z-00-DX1.abc.svs", "LUSC/u2/TCGA-18-3406-01A.d.svs"
+    )
+    for root in (camelyon(tmp_path / "c16"), slides):
+        records = public_layout(root)
+        write_labels(tmp_path / "labels.csv", records, root)
+        expected = [replace(record, annotation=None) for record in records]
+        assert read_labels(tmp_path / "labels.csv", root) == expected
+        features = tmp_path / f"{root.name}-features"  # `rlogist extract` mirrors the folders of slides
+        touch(features, *(str(r.path.relative_to(root).with_suffix(".h5")) for r in records))
+        found = read_labels(tmp_path / "labels.csv", features, suffixes=frozenset({".h5"}))
+        kept = [(record.name, record.patient, record.label, record.split) for record in found]
+        assert kept == [(r.name, r.patient, r.label, r.split) for r in records]
 
 
 def test_what_is_missing_of_camelyon16_is_named(tmp_path: Path):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlogist.environment import SlideEnv
     from rlogist.extractors import load_extractor
     from rlogist.features import SlideFeatures, extract_features, read_features
-    from rlogist.layouts import read_labels, split_patients
+    from rlogist.layouts import camelyon16, read_labels, split_patients, tcga
     from rlogist.ledger import ReadLedger
     from rlogist.model import RLogist
     from rlogist.modules import Architecture, Modules
@@ -40,6 +40,8 @@ __all__ = [
     "read_features",
     "SlideFeatures",
     "read_labels",
+    "camelyon16",
+    "tcga",
     "split_patients",
     "read_annotations",
     "make_demo_slides",
@@ -70,6 +72,8 @@ _HOME = {
     "read_features": "features",
     "SlideFeatures": "features",
     "read_labels": "layouts",
+    "camelyon16": "layouts",
+    "tcga": "layouts",
     "split_patients": "layouts",
     "read_annotations": "annotations",
     "make_demo_slides": "demo_slides",

@@ -1,8 +1,9 @@
 """What the command does with a model: train from feature files, read a folder of slides, judge, report."""
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,70 @@ def load_model(folder: Path, encoding: Encoding | None = None) -> RLogist:
     """
     key = folder, encoding
     if key not in _loaded:
-        _loaded[key] = RLogist.from_pretrained(folder, None if encoding is None else encoding.load())
+        model = RLogist.from_pretrained(folder, None if encoding is None else encoding.load())
+        _loaded[key] = model if encoding is None else model.to(encoding.device)
     return _loaded[key]
 
 
 def predict_slide(job: AgentJob) -> dict[str, object]:
-    """Read one slide and write NAME.json; with `report` NAME.html and NAME.geojson too."""
+    """Read one slide and write NAME.json; with `report` NAME.html and NAME.geojson too.
+
+    An answer that is there, of the same file, model and options, is kept: an interrupted folder goes on.
+    """
     model = load_model(job.model, job.encoding)
+    target, page = (job.out.with_name(job.out.name + suffix) for suffix in (".json", ".html"))
+    made_with = _made_with(job)
+    kept = _kept(target, made_with) if page.exists() or not job.report else None
+    if kept is not None:
+        return {"status": f"kept: {_status(kept)}", "regions": kept["regions"], "messages": []}
     with job.opening.open(job.slide) as slide:
         found = model.predict(slide, rho=job.rho, strategy=job.strategy)
         output_folder(job.out.parent)
-        stored = {**found.to_dict(), "footprint": slide.geometry.scan.footprint}
-        files.write_json(job.out.with_name(job.out.name + ".json"), stored)
         if job.report:
-            write_report(job.out.with_name(job.out.name + ".html"), slide, found)
-        status = "no tissue" if found.status == "no tissue" else f"{found.label} {max(found.probability):.3f}"
+            write_report(page, slide, found)
+        stored = {**found.to_dict(), "footprint": slide.geometry.scan.footprint, "made_with": made_with}
+        files.write_json(target, stored)  # last: where it is, all is there
         return {
-            "status": f"{status}, {found.looks} looks, {found.seconds:.2f} s",
+            "status": _status(stored),
             "regions": found.regions,
             "messages": [*slide.messages, *slide.unreadable.values()],
         }
+
+
+def _status(stored: Mapping[str, Any]) -> str:
+    if stored["status"] == "no tissue":
+        return "no tissue"
+    looks, seconds = stored["looks"], stored["seconds"]
+    return f"{stored['label']} {max(stored['probability']):.3f}, {looks} looks, {seconds:.2f} s"
+
+
+def _made_with(job: AgentJob) -> dict[str, Any]:
+    """All that an answer depends on; how fast it is found (device, batch) is left out."""
+    if job.model not in _digests:
+        digest = hashlib.sha256()
+        for name in ("config.json", "model.safetensors"):
+            digest.update((job.model / name).read_bytes())
+        _digests[job.model] = digest.hexdigest()[:16]
+    state = job.slide.stat()
+    return {
+        "model": _digests[job.model],
+        "slide": [str(job.slide), state.st_size, state.st_mtime_ns],
+        "opening": asdict(job.opening),
+        "rho": job.rho,
+        "strategy": job.strategy,
+    }
+
+
+_digests: dict[Path, str] = {}
+
+
+def _kept(target: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The stored answer, if it was made with just this."""
+    try:
+        stored = json.loads(target.read_text(encoding="utf-8"))
+        return stored if stored["made_with"] == made_with else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command: `rlogist demo-slides | segment | extract | train | predict | evaluate | report | prove`."""
+"""The command `rlogist`, one function a subcommand; `prove` and the rest import what they need when they run."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -59,6 +59,25 @@ def extract(
     encoding.load()  # what is wrong with the extractor is wrong for every slide: said once, before any work
     opening = opened.opening()
     return _run_folder(extract_slide, slides, out, lambda path, to: Job(path, to, opening, encoding), folder)
+
+
+@app.command("labels")
+def label_table(
+    root: Annotated[Path, typer.Argument(help="folder of CAMELYON16 or TCGA", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="the .csv file")],
+) -> None:
+    """Write the label table of CAMELYON16 or of a TCGA download: slide, label, patient, official split."""
+    from collections import Counter
+
+    from rlogist.layouts import public_layout, write_labels
+
+    records = public_layout(root)
+    write_labels(out, records, root)
+    counts = Counter(f"{record.split} {record.label}" if record.split else record.label for record in records)
+    shown = ", ".join(
+        f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda own: str(own[0]))
+    )
+    typer.echo(f"{len(records)} slides ({shown}): {out}")
 
 
 @app.command("demo-slides")
@@ -136,6 +155,7 @@ def train(
         float, typer.Option(min=0, max=0.9, help="share of patients, where the table has no split")
     ] = 0.2,
     joint_every: Annotated[int, typer.Option(min=0, help="updates between steps of the classifier")] = 0,
+    device: Annotated[str, typer.Option(help="where networks learn: cpu, cuda, cuda:1, mps, auto")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="of all randomness")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="scalars to OUT/tensorboard")] = False,
@@ -148,7 +168,9 @@ def train(
     from rlogist.ppo import PPOSettings
     from rlogist.progress import training
     from rlogist.staged import StagedSettings
+    from shared_core.command import usable_device
 
+    device = usable_device(device)
     found = labelled_bags(features, labels)
     bags, held = train_split(found.bags, found.records, validation, seed)
     made = found.attributes
@@ -174,6 +196,7 @@ def train(
             folder=out,
             resume=resume,
             on_epoch=on_epoch,
+            device=device,
         )
     model.save_pretrained(out)
     typer.echo(f"trained on {len(bags)} slides ({len(held)} for validation): {out}")

@@ -1,6 +1,7 @@
 """Where slides and labels are (CAMELYON16, TCGA, a folder with a label table), and splits by patient."""
 
 import csv
+import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared_core import InputError
+from shared_core import InputError, files
 
 SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"}
@@ -213,6 +214,35 @@ def tcga(
     if problems:
         raise InputError(f"{len(problems)} problems: {'; '.join(problems[:20])}", file=root)
     return records
+
+
+def public_layout(root: str | os.PathLike[str]) -> list[SlideRecord]:
+    """The slides of a data set as it is distributed: CAMELYON16 if it has its folders, or else TCGA.
+
+    Raises:
+        InputError: As `camelyon16` or `tcga`.
+    """
+    parts = [Path(root, name) for name in ("training/normal", "training/tumor", "testing/images")]
+    return camelyon16(root) if any(part.is_dir() for part in parts) else tcga(root)
+
+
+def write_labels(
+    out: str | os.PathLike[str], records: Sequence[SlideRecord], root: str | os.PathLike[str]
+) -> None:
+    """Write a label table as `read_labels` takes it, with paths from `root`.
+
+    Args:
+        out: The CSV file, written atomically.
+        records: The slides.
+        root: The folder that they are in.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["WSI_path", "label", "patient", "split"])
+    for record in records:
+        path = record.path.relative_to(root).as_posix()
+        writer.writerow([path, record.label or "", record.patient, record.split or ""])
+    files.write_text(out, text.getvalue())
 
 
 def split_patients(

@@ -124,7 +124,10 @@ def _with_ray(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int) -> It
     except ModuleNotFoundError as error:
         raise InputError("ray is not installed: pip install 'rlogist[ray]'") from error
     if not ray.is_initialized():
-        ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
+        try:
+            ray.init(address="auto", log_to_driver=False)  # a cluster of `ray start`, here or in RAY_ADDRESS
+        except ConnectionError:
+            ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
     remote = ray.remote(max_retries=1)(attempt)
     waiting = {remote.remote(work, index, task): index for index, task in enumerate(tasks)}
     while waiting:
