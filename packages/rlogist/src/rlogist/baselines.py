@@ -52,4 +52,4 @@ def chooser_of(strategy: Strategy, modules: Modules, policy: Policy | None = Non
 def random_chooser(seed: int) -> Chooser:
     """Scores that are random numbers: looks anywhere with the same probability."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda state: torch.rand(state.allowed.shape, generator=generator)
+    return lambda state: torch.rand(state.allowed.shape, generator=generator).to(state.allowed.device)

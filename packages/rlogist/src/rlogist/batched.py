@@ -38,6 +38,11 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.label)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return self.scan.device
+
     def part(self, slides: Int64[Tensor, " batch"]) -> "FeatureStore":
         """Some of the slides, padded to the largest of them."""
         sizes = tuple(self.sizes[int(slide)] for slide in slides)
@@ -63,13 +68,17 @@ def valid_rows(sizes: Sequence[int]) -> Bool[Tensor, "slides regions"]:
 
 @torch.no_grad()
 def make_store(bags: Sequence[Bag], modules: Modules) -> FeatureStore:
-    """Standardize Z and pool V of all slides, once."""
+    """Standardize Z and pool V of all slides, once; the result lies on the modules' device."""
     modules.eval()
-    scan = [modules.standardize(bag.scan, modules.centre(bag.scan)) for bag in bags]
-    seen = [modules.f_local(modules.standardize(bag.deep, modules.centre(bag.scan))) for bag in bags]
+    scan, seen = [], []
+    for bag in (bag.to(modules.device) for bag in bags):
+        centre = modules.centre(bag.scan)
+        scan.append(modules.standardize(bag.scan, centre))
+        seen.append(modules.f_local(modules.standardize(bag.deep, centre)))
     sizes = tuple(len(bag) for bag in bags)
     label = torch.tensor([bag.label for bag in bags])
-    return FeatureStore(pad(scan), pad(seen), valid_rows(sizes), label, sizes)
+    valid = valid_rows(sizes)
+    return FeatureStore(pad(scan), pad(seen), valid.to(modules.device), label.to(modules.device), sizes)
 
 
 @dataclass(frozen=True)
@@ -128,20 +137,20 @@ class BatchedFeatureVecEnv:
         self.store, self.modules, self.n_envs, self.rho = store, modules.eval(), n_envs, rho
         self.reward_kind: Reward = reward
         self.update: Update = update
-        self.looks = torch.tensor([episode_length(size, rho) for size in store.sizes])
+        self.looks = torch.tensor([episode_length(size, rho) for size in store.sizes], device=store.device)
         self._generator = torch.Generator().manual_seed(seed)
         self._queue = torch.empty(0, dtype=torch.int64)
         self._start_logits = self._classify_starts()
-        self.slide = torch.zeros(n_envs, dtype=torch.int64)
-        self.time = torch.zeros(n_envs, dtype=torch.int64)
+        self.slide = torch.zeros(n_envs, dtype=torch.int64, device=store.device)
+        self.time = torch.zeros(n_envs, dtype=torch.int64, device=store.device)
         self._take_up_slides()
         self.states = self._start
-        self.observed = torch.zeros(n_envs, store.scan.shape[1], dtype=torch.bool)
+        self.observed = torch.zeros_like(self.valid)
         self.logits = self._start_logits[self.slide]
 
     def reset(self) -> State:
         """Start a reading in every environment."""
-        self._begin(torch.ones(self.n_envs, dtype=torch.bool))
+        self._begin(torch.ones_like(self.slide, dtype=torch.bool))
         return self.state()
 
     @torch.no_grad()
@@ -153,7 +162,7 @@ class BatchedFeatureVecEnv:
         Raises:
             ValueError: An action is not allowed.
         """
-        envs = torch.arange(self.n_envs)
+        envs = torch.arange(self.n_envs, device=action.device)
         if not bool(self.allowed[envs, action].all()):
             raise ValueError("an action is masked: a region that was looked at, or padding")
         seen = self.store.seen[self.slide, action]
@@ -190,6 +199,9 @@ class BatchedFeatureVecEnv:
 
     def load_state_dict(self, stored: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken."""
+        stored = {
+            key: value if key in _ON_CPU else value.to(self.store.device) for key, value in stored.items()
+        }
         self.slide, self.time, self.states = stored["slide"], stored["time"], stored["states"]
         self.observed, self.logits, self._queue = stored["observed"], stored["logits"], stored["queue"]
         self._generator.set_state(stored["generator"])
@@ -218,7 +230,7 @@ class BatchedFeatureVecEnv:
             more = torch.randperm(len(self.store), generator=self._generator)
             self._queue = torch.cat([self._queue, more])
         # New tensors: what a caller kept of earlier steps must not change.
-        self.slide = self.slide.masked_scatter(which, self._queue[:count])
+        self.slide = self.slide.masked_scatter(which, self._queue[:count].to(self.slide.device))
         self._queue = self._queue[count:]
         self._take_up_slides()
         flags = which.unsqueeze(-1)
@@ -226,6 +238,9 @@ class BatchedFeatureVecEnv:
         self.states = torch.where(flags.unsqueeze(-1), self._start, self.states)
         self.observed = self.observed & ~flags
         self.logits = torch.where(flags, self._start_logits[self.slide], self.logits)
+
+
+_ON_CPU = ("queue", "generator")
 
 
 @dataclass(frozen=True)
@@ -252,10 +267,10 @@ def play(
     """Read every slide once, always looking where the chooser's score is highest."""
     modules.eval()
     check_update(update)
-    looks = torch.tensor([episode_length(size, rho) for size in store.sizes])
+    looks = torch.tensor([episode_length(size, rho) for size in store.sizes], device=store.device)
     states, observed = store.scan, torch.zeros_like(store.valid)
-    path = torch.full((len(store), int(looks.max())), -1)
-    slides = torch.arange(len(store))
+    path = torch.full((len(store), int(looks.max())), -1, device=store.device)
+    slides = torch.arange(len(store), device=store.device)
     for time in range(path.shape[1]):
         allowed = store.valid & ~observed
         scores = chooser(State(states, observed, store.valid, allowed, store.scan))

@@ -66,7 +66,7 @@ class SlideOptions:
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """Where an encoder's weights come from and where it runs."""
+    """Where an encoder's weights come from, and where it and a model's networks run."""
 
     weights: Annotated[
         Path | None, typer.Option(help="state dict of the encoder, .safetensors", exists=True, dir_okay=False)
@@ -74,14 +74,16 @@ class EncoderOptions:
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--random", help="the library's weights, or random ones")
     ] = True
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")] = "cpu"
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, auto")] = "cpu"
     batch_size: Annotated[int, typer.Option(min=1, help="patches a forward pass")] = 32
 
     def encoding(self, extractor: str, deep: bool = False) -> "Encoding":
         """As the jobs take it."""
         from rlogist.slide_jobs import Encoding
+        from shared_core.command import usable_device
 
-        return Encoding(extractor, self.pretrained, self.weights, self.device, self.batch_size, deep)
+        device = usable_device(self.device)
+        return Encoding(extractor, self.pretrained, self.weights, device, self.batch_size, deep)
 
 
 @dataclass(frozen=True)

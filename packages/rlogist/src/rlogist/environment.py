@@ -107,15 +107,15 @@ class SlideEnv(gymnasium.Env[Float32[np.ndarray, "rows columns"], np.int64]):
         done = self._steps >= episode.looks or episode.done
         reward = 0.0
         if self._label is not None:
-            label = torch.tensor([self._label])
-            last = torch.tensor([done])
+            label = torch.tensor([self._label], device=before.device)
+            last = torch.tensor([done], device=before.device)
             reward = float(reward_of(self.reward_kind, before, episode.logits, label, last)[0])
         info = {"probability": episode.probability, "damaged": damaged}
         return self._observation(), reward, done, False, info
 
     def action_masks(self) -> Bool[np.ndarray, " rows"]:
         """True where an action may be taken: regions not looked at yet."""
-        allowed = self._running().allowed[0].numpy()
+        allowed = self._running().allowed[0].cpu().numpy()
         return np.pad(allowed, (0, self.rows - len(allowed)))
 
     def _running(self) -> Episode:
@@ -127,7 +127,7 @@ class SlideEnv(gymnasium.Env[Float32[np.ndarray, "rows columns"], np.int64]):
         episode = self._running()
         found = np.zeros(self.observation_space.shape or (), np.float32)
         count = episode.states.shape[1]
-        found[:count, :-2] = episode.states[0].numpy()
-        found[:count, -2] = episode.observed[0].numpy()
+        found[:count, :-2] = episode.states[0].cpu().numpy()
+        found[:count, -2] = episode.observed[0].cpu().numpy()
         found[:count, -1] = 1
         return found

@@ -54,20 +54,20 @@ class Episode:
         modules.eval()
         self.source, self.modules, self.looks = source, modules, looks
         self.update: Update = update
-        scan = source.scan()
+        scan = source.scan().to(modules.device)
         if scan.ndim != 2 or scan.shape[1] != modules.architecture.dim:
             raise InputError(
                 f"{source.name} has {scan.shape[-1]}-d features, the model expects "
                 f"{modules.architecture.dim}-d ones: use the extractor that it was trained with"
             )
-        with torch.inference_mode():
+        with torch.no_grad():
             # A new tensor for each episode: no reading may change where another one starts.
             self.centre = modules.centre(scan)
             self.states: Float[Tensor, "1 rows dim"] = modules.standardize(scan, self.centre).unsqueeze(0)
         self.start = self.states
-        self.observed = torch.zeros(1, len(scan), dtype=torch.bool)
-        self.damaged = torch.zeros(1, len(scan), dtype=torch.bool)
-        self.valid = torch.ones(1, len(scan), dtype=torch.bool)
+        self.observed = torch.zeros(1, len(scan), dtype=torch.bool, device=modules.device)
+        self.damaged = torch.zeros_like(self.observed)
+        self.valid = torch.ones_like(self.observed)
         self.path: list[Look] = []
         self.logits = self._classify()
         self.start_probability = self.probability
@@ -87,7 +87,7 @@ class Episode:
         """T looks were made, or nothing is left to look at."""
         return int(self.observed.sum()) >= self.looks or not bool(self.allowed.any())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def look(self, row: int, score: float | None = None) -> Look:
         """Look at a row in depth, because of a score.
 
@@ -101,14 +101,19 @@ class Episode:
             found = self._described(row, self.probability, score, str(error))
         else:
             self.states, self.observed = look(
-                self.states, self.observed, torch.tensor([row]), seen, self.modules.f_global, self.update
+                self.states,
+                self.observed,
+                torch.tensor([row], device=seen.device),
+                seen,
+                self.modules.f_global,
+                self.update,
             )
             self.logits = self._classify()
             found = self._described(row, self.probability, score)
         self.path.append(found)
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, chooser: Chooser, confidence: float | None = None) -> None:
         """Look where the score is highest until the reading is done.
 
@@ -124,7 +129,7 @@ class Episode:
             if confidence is not None and max(self.probability) >= confidence:
                 return
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read_everywhere(self) -> None:
         """V of every region, in the order of the grid, and one answer at the end: what other methods do."""
         states, observed = self.states.clone(), self.observed.clone()
@@ -143,18 +148,18 @@ class Episode:
         """What a chooser sees."""
         return State(self.states, self.observed, self.valid, self.allowed, self.start)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def attention(self) -> Float[Tensor, "1 rows"]:
         """The classifier's attention on the state."""
         return self.modules.classifier.explain(self.states, self.valid)[1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _classify(self) -> Float[Tensor, "1 classes"]:
         return self.modules.classifier(self.states, self.valid)
 
     def _seen(self, row: int) -> Float[Tensor, "1 dim"]:
         """V of a row; reads it in depth."""
-        deep = self.modules.standardize(self.source.deep(row), self.centre)
+        deep = self.modules.standardize(self.source.deep(row).to(self.modules.device), self.centre)
         return self.modules.f_local(deep.unsqueeze(0))
 
     def _described(

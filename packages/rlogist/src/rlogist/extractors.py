@@ -146,7 +146,7 @@ def load_extractor(
         if weights is not None:
             raise InputError("stain is fixed and has no weights", field="weights", value=weights)
         return StainExtractor()
-    _check_device(device)
+    check_device(device)
     if name == "resnet50":
         encoder, prepare = _timm("resnet50", pretrained and weights is None, seed, truncated=True)
     elif name.startswith("timm/"):
@@ -229,7 +229,8 @@ def _normalization(name: str) -> dict[str, tuple[float, ...]]:
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise InputError unless this device can be used here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA

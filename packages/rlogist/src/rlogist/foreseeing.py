@@ -55,7 +55,7 @@ class ForeseeRegions(Stage):
     def _sequence(self, batch: FeatureStore, generator: torch.Generator) -> float:
         order = random_looks(batch, self.settings.rho, generator)
         states, observed = batch.scan, torch.zeros_like(batch.valid)
-        slides, total = torch.arange(len(batch)), 0.0
+        slides, total = torch.arange(len(batch), device=batch.device), 0.0
         pending: Tensor = torch.zeros(())
         for time in range(order.shape[1]):
             action = order[:, time]
@@ -99,7 +99,7 @@ def unobserved_error(
 def random_looks(batch: FeatureStore, rho: float, generator: torch.Generator) -> Int64[Tensor, "batch looks"]:
     """Different rows of each slide in random order, as many as the smallest slide's T (at least 1)."""
     looks = min(episode_length(size, rho) for size in batch.sizes)
-    draws = torch.rand(batch.valid.shape, generator=generator).masked_fill(~batch.valid, -1)
+    draws = torch.rand(batch.valid.shape, generator=generator).to(batch.device).masked_fill(~batch.valid, -1)
     return draws.argsort(dim=-1, descending=True)[:, :looks]
 
 

@@ -59,7 +59,7 @@ class FullObservation(Stage):
         a = modules.architecture
         with seeded(derived_generator(seed, 0, 1_000_000)):
             # CLAM's clustering heads: for each class, is this region of it or not.
-            self.instance_heads = nn.Linear(a.width, 2 * a.classes)
+            self.instance_heads = nn.Linear(a.width, 2 * a.classes).to(modules.device)
         parameters = [*modules.f_local.parameters(), *modules.classifier.parameters()]
         self.optimizer = torch.optim.Adam(
             [*parameters, *self.instance_heads.parameters()],
@@ -111,7 +111,8 @@ class FullObservation(Stage):
         self.best = part_of(stored, "best")
 
     def _rows(self, bags: Sequence[Bag]) -> tuple[Float[Tensor, "batch regions dim"], Bool[Tensor, "b r"]]:
-        valid = valid_rows([len(bag) for bag in bags])
+        bags = [bag.to(self.modules.device) for bag in bags]  # all of them at once may not fit there
+        valid = valid_rows([len(bag) for bag in bags]).to(self.modules.device)
         prepare, centre = self.modules.standardize, self.modules.centre
         kind = "scan" if self.scan_only else "deep"
         rows = pad([prepare(getattr(bag, kind), centre(bag.scan)) for bag in bags])
@@ -119,7 +120,7 @@ class FullObservation(Stage):
 
     def _loss(self, bags: Sequence[Bag]) -> Float[Tensor, ""]:
         rows, valid = self._rows(bags)
-        label = torch.tensor([bag.label for bag in bags])
+        label = torch.tensor([bag.label for bag in bags], device=rows.device)
         logits, attention = self.modules.classifier.explain(rows, valid)
         weight = self.settings.instance_weight
         loss = (1 - weight) * cross_entropy(logits, label)
@@ -138,18 +139,19 @@ class FullObservation(Stage):
         ranked = attention.detach()
         most = ranked.masked_fill(~valid, -1).topk(count).indices
         least = (-ranked).masked_fill(~valid, -2).topk(count).indices
-        batch = torch.arange(len(rows)).unsqueeze(1)
+        batch = torch.arange(len(rows), device=rows.device).unsqueeze(1)
         chosen = rows[batch, torch.cat([most, least], dim=1)]
         heads = self.instance_heads(self.modules.classifier.embed(chosen)).unflatten(-1, (-1, 2))
-        scores = heads[batch, torch.arange(2 * count), label.unsqueeze(1)]
-        target = (torch.arange(2 * count) < count).long().expand(len(rows), -1)
+        places = torch.arange(2 * count, device=rows.device)
+        scores = heads[batch, places, label.unsqueeze(1)]
+        target = (places < count).long().expand(len(rows), -1)
         return smooth_top1_svm(scores.flatten(0, 1), target.flatten())
 
     @torch.no_grad()
     def _validate(self) -> float:
         self.modules.eval()
         logits = [self.modules.classifier(*self._rows([bag])) for bag in self.validation]
-        labels = torch.tensor([bag.label for bag in self.validation])
+        labels = torch.tensor([bag.label for bag in self.validation], device=self.modules.device)
         loss = float(cross_entropy(torch.cat(logits), labels))
         if self.done > self.settings.track_from:
             if loss < self.best_loss:

@@ -104,13 +104,13 @@ def fit_pooled(
     """
     generator = derived_generator(seed, 5, MIL_POOLINGS.index(pooling))
     with seeded(generator):
-        model = PooledClassifier(store.seen.shape[-1], classes, pooling, width)
+        model = PooledClassifier(store.seen.shape[-1], classes, pooling, width).to(store.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
     best, kept = float("inf"), model.state_dict()
     for _ in range(epochs):
         for slides in torch.randperm(len(store), generator=generator).split(8):
             part = store.part(slides)
-            drawn = part.valid & (torch.rand(part.valid.shape, generator=generator) < keep)
+            drawn = part.valid & (torch.rand(part.valid.shape, generator=generator) < keep).to(store.device)
             drawn[:, 0] |= ~drawn.any(dim=1)  # a slide is never empty
             loss = cross_entropy(model(part.seen, drawn), part.label)
             optimizer.zero_grad(set_to_none=True)

@@ -64,7 +64,7 @@ class MixedStates(Stage):
         # Long sequences are met as often as short ones: the length is uniform.
         length = int(torch.randint(1, order.shape[1] + 1, (), generator=generator))
         states, observed = batch.scan, torch.zeros_like(batch.valid)
-        slides = torch.arange(len(batch))
+        slides = torch.arange(len(batch), device=batch.device)
         for action in order[:, :length].T:
             seen = batch.seen[slides, action]
             states, observed = look(states, observed, action, seen, self.modules.f_global, self.update)

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from rlogist.baselines import STRATEGIES, chooser_of
 from rlogist.batched import BatchedFeatureVecEnv, make_store
 from rlogist.episode import Episode
-from rlogist.extractors import Extractor, load_extractor
+from rlogist.extractors import Extractor, check_device, load_extractor
 from rlogist.features import SlideFeatures
 from rlogist.foreseeing import ForeseeRegions
 from rlogist.full_observation import FullObservation, fit_scale
@@ -125,8 +126,13 @@ class RLogist:
     def fresh_policy(self) -> None:
         """Begin reinforcement anew: policy and critic as `begin` made them."""
         networks = self._trained_networks()
-        made = _networks(self.modules.architecture, self.seed)
+        made = _networks(self.modules.architecture, self.seed).to(self.modules.device)
         networks["policy"], networks["critic"] = made["policy"], made["critic"]
+
+    def to(self, device: str | torch.device) -> "RLogist":
+        """Move the networks; the encoder stays where it is."""
+        self._trained_networks().to(device)
+        return self
 
     def fit(
         self,
@@ -138,6 +144,7 @@ class RLogist:
         folder: str | os.PathLike[str] | None = None,
         resume: bool = False,
         on_epoch: Epoch | None = None,
+        device: str | torch.device = "cpu",
     ) -> "RLogist":
         """Train all stages on cached features.
 
@@ -146,19 +153,24 @@ class RLogist:
             validation: Slides of other patients that choose stage A's epoch.
             staged: Hyperparameters of stages A, B, B2.
             ppo: Of stage C.
-            folder: For checkpoints; none where None.
+            folder: For checkpoints, made where it is not there; none where None.
             resume: Go on from the folder's checkpoint, to the same bits as without interruption.
             on_epoch: Called after each epoch with (stage, done, total, scalars).
+            device: Where the networks learn and stay (`to` moves them). Bags may stay on the CPU; Z and V of
+                all slides and a rollout's states have to fit there.
 
         Raises:
-            InputError: Bags do not fit together, patients on both sides, or a checkpoint that does not fit.
+            InputError: No such device, bags do not fit together, patients on both sides, or a checkpoint of
+                another run.
         """
         _check_patients(bags, validation)
+        check_device(str(device))
         self.begin(bags)
         if validation:
             check_bags(validation, len(self.classes))
         staged = staged or StagedSettings()
         ppo = ppo or PPOSettings()
+        self.to(device)
         run_stages(
             self._trained_networks(),
             self._stages(bags, validation, staged, ppo),
@@ -168,7 +180,7 @@ class RLogist:
                 "ppo": asdict(ppo),
                 "bags": _digest([*bags, *validation]),
             },
-            folder=folder,
+            folder=None if folder is None else output_folder(folder),
             resume=resume,
             on_epoch=on_epoch,
         )

@@ -288,6 +288,11 @@ class Modules(nn.Module):
         self.register_buffer("mean", torch.zeros(a.dim))
         self.register_buffer("transform", torch.eye(a.dim))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.mean.device
+
     def centre(self, scan: Float[Tensor, "regions dim"]) -> Float[Tensor, " dim"]:
         """What is taken from all features of a slide: the mean of its scan, or nothing."""
         return scan.mean(dim=0) if self.architecture.center else torch.zeros_like(scan[0])
@@ -306,8 +311,11 @@ class Modules(nn.Module):
 
 @contextmanager
 def seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """Inside, torch's global generator starts from `generator`; afterwards it is as it was before."""
-    with torch.random.fork_rng(devices=[], enabled=generator is not None):
+    """Inside, torch's global generators start from `generator`; afterwards they are as they were before."""
+    gpus = (
+        range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    )  # dropout there has its own
+    with torch.random.fork_rng(devices=gpus, enabled=generator is not None):
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         yield

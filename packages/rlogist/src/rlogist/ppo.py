@@ -148,7 +148,10 @@ class PPO(Stage):
         for time in range(times):
             states[time], flags[0, time], flags[1, time] = state.states, state.observed, state.valid
             logits = torch.log_softmax(self.logits(state), dim=-1)
-            action = torch.multinomial(logits.exp(), 1, generator=generator).squeeze(1)
+            # Drawn on the CPU, whose generator gives the same numbers everywhere.
+            action = (
+                torch.multinomial(logits.exp().cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+            )
             actions.append(action)
             logs.append(logits.gather(1, action.unsqueeze(1)).squeeze(1))
             values.append(self.critic(state.states, state.observed, state.valid))

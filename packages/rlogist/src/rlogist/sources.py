@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -143,6 +143,10 @@ class Bag:
 
     def __len__(self) -> int:
         return len(self.scan)
+
+    def to(self, device: str | torch.device) -> "Bag":
+        """The same slide with its features on a device."""
+        return replace(self, scan=self.scan.to(device), deep=self.deep.to(device))
 
 
 def bag_of(features: SlideFeatures, label: int, name: str = "", patient: str = "") -> Bag:
