@@ -1,4 +1,4 @@
-"""The command `rlogist`, one function a subcommand; `prove` and the rest import what they need when they run."""
+"""The command `rlogist`, one function a subcommand, which imports what it needs when it runs."""
 
 from enum import StrEnum
 from pathlib import Path
