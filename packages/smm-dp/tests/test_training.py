@@ -10,7 +10,7 @@ import torch
 
 from shared_core import InputError
 from smm_dp import RoundPrivacy
-from smm_dp.ledger import PrivacyLedger
+from smm_dp.ledger import BudgetExceeded, PrivacyLedger
 from smm_dp.runner import aggregate_file, read_vectors, secure_round
 from smm_dp.simulation import SimulatedSum
 from smm_dp.training import (
@@ -216,10 +216,36 @@ def test_a_file_of_vectors_is_released_once_per_budget(tmp_path, rng):
     assert report["epsilon"] <= 30
     result = np.load(written[0])
     assert np.abs(result - rows.mean(axis=0)).max() < 6 * report["noise_sd_of_the_sum"] / 12 + 0.02
-    from smm_dp.ledger import BudgetExceeded
-
     with pytest.raises(BudgetExceeded, match="stopped before release 2"):
         aggregate_file(path, 30.0, 1e-5, 64.0, 1.0, tmp_path / "out", **arguments)
+
+
+def test_a_release_that_was_killed_while_it_was_made_stays_paid_for(tmp_path):
+    """SIGKILL after the charge, while participants encode: nothing was written, nothing more is released."""
+    np.save(tmp_path / "v.npy", np.full((12, 30), 0.1))
+    code = f"""
+import os, signal
+from pathlib import Path
+from smm_dp import runner
+count = []
+def kill(self, *args, **kwargs):
+    count.append(1)
+    if len(count) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(self, *args, **kwargs)
+inner, runner.SkellamMixture.encode = runner.SkellamMixture.encode, kill
+folder = Path({str(tmp_path)!r})
+runner.aggregate_file(folder / "v.npy", 4.0, 1e-3, 64.0, 1.0, folder / "out", bits=None, accounting="paper",
+                      ledger=folder / "ledger.json", mean=False)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert not (tmp_path / "out" / "result.npy").exists()
+    with pytest.raises(BudgetExceeded, match="stopped before release 2"):
+        aggregate_file(
+            tmp_path / "v.npy", 4.0, 1e-3, 64.0, 1.0, tmp_path / "out", bits=None, accounting="paper",
+            ledger=tmp_path / "ledger.json", mean=False,
+        )  # fmt: skip
+    assert not (tmp_path / "out" / "result.npy").exists()
 
 
 def test_secure_round_wants_the_noise_that_the_ledger_states():
@@ -284,9 +310,13 @@ def test_files_that_are_no_vectors_are_refused(tmp_path):
         ("a.csv", "1,2\n3", "no table"),
         ("b.csv", "1,nan\n3,4", "row 0, column 1 is not finite"),
         ("c.csv", "1,x\n", "no table"),
+        ("e.csv", "", r"found shape \(0, 1\)"),
     ):
         Path(tmp_path, name).write_text(content)
         with pytest.raises(InputError, match=text):
+            read_vectors(tmp_path / name)
+    for name in ("missing.csv", "missing.npy", "."):
+        with pytest.raises(InputError, match="is no file"):
             read_vectors(tmp_path / name)
     np.save(tmp_path / "d.npy", np.zeros(3))
     with pytest.raises(InputError, match="expected a table"):

@@ -269,7 +269,9 @@ class SkellamMixture:
         if not np.isfinite(x).all():
             index = int(np.argmin(np.isfinite(x)))
             raise InputError(
-                f"{participant} has a value that is not finite at index {index}", field="x", value=x[index]
+                f"{participant} has a value that is not finite at index {index}",
+                field="x",
+                value=float(x[index]),
             )
         limit = 2.0**24 if x.dtype.itemsize <= 4 else 2.0**53
         if float(np.abs(x).max()) * self.scale > limit:
@@ -279,7 +281,7 @@ class SkellamMixture:
                 f"2^{int(math.log2(limit))}: "
                 f"{x.dtype} has no exact integers there; clip or rescale the vector, or use float64",
                 field="x",
-                value=x[index],
+                value=float(x[index]),
             )
 
 

@@ -1,6 +1,7 @@
 """A whole round in one process: vectors, or a file of them, in; a private sum out."""
 
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,12 +90,16 @@ def read_vectors(path: Path) -> Float64[np.ndarray, "n dim"]:
     Raises:
         InputError: The file is no table of numbers; names the row of a number that is not finite.
     """
+    if not path.is_file():
+        raise InputError("is no file, expected .npy or comma-separated text", file=path)
     try:
-        rows = (
-            np.load(path, allow_pickle=False)
-            if path.suffix == ".npy"
-            else np.loadtxt(path, delimiter=",", ndmin=2)
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an empty text, which is refused below
+            rows = (
+                np.load(path, allow_pickle=False)
+                if path.suffix == ".npy"
+                else np.loadtxt(path, delimiter=",", ndmin=2)
+            )
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"is no table of numbers: {error}", file=path) from error
     if not isinstance(rows, np.ndarray):
@@ -107,7 +112,9 @@ def read_vectors(path: Path) -> Float64[np.ndarray, "n dim"]:
     if bad.size:
         row, column = bad[0]
         raise InputError(
-            f"the value of row {row}, column {column} is not finite", file=path, value=rows[row, column]
+            f"the value of row {row}, column {column} is not finite",
+            file=path,
+            value=float(rows[row, column]),
         )
     return rows.astype(np.float64)
 
