@@ -119,7 +119,7 @@ def draw_tokens(mask: Mask, count: int, generator: np.random.Generator) -> Int[n
     return np.stack([chosen, np.array(positions, dtype=chosen.dtype)], axis=1)
 
 
-def bootstrap_error(x: Rows, generator: np.random.Generator, replicates: int = 200) -> float:
+def bootstrap_error(x: Rows, generator: np.random.Generator, replicates: int = 100) -> float:
     """Standard error of `mean_cosine`, by resampling rows with replacement.
 
     Pairs of a row with its own copy are left out, since two different tokens are never the same vector.

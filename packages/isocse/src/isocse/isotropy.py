@@ -86,10 +86,14 @@ def covariance(x: Rows) -> Float[Tensor, "d d"]:
     return centred.T @ centred / (points.shape[0] - 1)
 
 
-def isoscore_error(x: Rows) -> float:
+def isoscore_error(x: Rows, count: int | None = None) -> float:
     """Standard error of `isoscore`, by the delta method: each point's influence on trace and norm.
 
     A sampling error alone: it does not have the bias of few points.
+
+    Args:
+        x: Points as rows.
+        count: Points that the score was made of, where x is a sample of them.
     """
     points = rows(x, least=3)
     n, d = points.shape
@@ -100,7 +104,7 @@ def isoscore_error(x: Rows) -> float:
     along = ((centred @ scatter) * centred).sum(1)
     ratio = trace.square() / squared
     influence = 2 * ratio * (energy / trace - along / squared)
-    return float(influence.std() / n**0.5 / (d - 1))
+    return float(influence.std() / (count or n) ** 0.5 / (d - 1))
 
 
 def partition_isotropy(x: Rows) -> float:
@@ -129,10 +133,15 @@ def log_partition(x: Float[Tensor, "n d"], directions: Float[Tensor, "d c"]) -> 
     return torch.logsumexp(x @ directions, dim=0)
 
 
-def partition_error(x: Rows, generator: torch.Generator, replicates: int = 100) -> float:
+def partition_error(
+    x: Rows,
+    generator: torch.Generator,
+    directions: Float[Tensor, "d c"] | None = None,
+    replicates: int = 100,
+) -> float:
     """Standard error of `partition_isotropy` by resampling rows; the eigenvectors stay where they are."""
     vectors = rows(x, least=2)
-    exponents = vectors @ partition_directions(vectors)
+    exponents = vectors @ (partition_directions(vectors) if directions is None else directions)
     values = (exponents - exponents.max()).exp()
     n = vectors.shape[0]
     drawn = torch.randint(0, n, (replicates, n), generator=generator)
@@ -150,14 +159,16 @@ def uniformity(x: Rows, t: float = 2.0) -> float:
     >>> round(uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])), 6)
     -8.0
     """
-    return float(_pair_kernels(x, t).mean().log())
+    kernels = _kernels(unit_rows(x), t)
+    n = len(kernels)
+    return float(((kernels.sum() - kernels.trace()) / (n * (n - 1))).log())
 
 
 def uniformity_error(x: Rows, t: float = 2.0) -> float:
     """Standard error of `uniformity` of a sample, from each point's mean over its pairs (Hoeffding)."""
     units = unit_rows(x, least=3)
     n = units.shape[0]
-    kernels = (-2 * t * (1 - units @ units.T)).exp()
+    kernels = _kernels(units, t)
     by_point = (kernels.sum(1) - kernels.diagonal()) / (n - 1)
     return float(2 * by_point.std() / n**0.5 / by_point.mean())
 
@@ -189,7 +200,6 @@ def alignment_of_pairs(x: Rows, positive: OtherRows, alpha: float = 2.0) -> Floa
     return (units[0] - units[1]).norm(dim=1).pow(alpha)
 
 
-def _pair_kernels(x: Rows, t: float) -> Float[Tensor, " pairs"]:
-    units = unit_rows(x)
-    squared = torch.pdist(units).square()
-    return (-t * squared).exp()
+def _kernels(units: Float[Tensor, "n d"], t: float) -> Float[Tensor, "n n"]:
+    """`exp(-t |u - v|^2)` of unit vectors, where `|u - v|^2 = 2 - 2 u . v`."""
+    return (-2 * t * (1 - units @ units.T)).exp()

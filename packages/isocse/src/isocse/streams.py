@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from isocse.dimensions import Contributions, Pairs, contributions_of_sums
@@ -23,6 +23,13 @@ Batch = Float[Tensor, "n d"]
 
 class Stream:
     """Sums that add up: `merge` adds each tensor and number of another one to this one's."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """Keep the sums on a device; batches must be there, too."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
 
     def merge(self, other: Any) -> None:
         """Take in what another accumulator of the same kind has seen."""
@@ -49,7 +56,7 @@ class Moments(Stream):
 
     def update(self, values: Float[Tensor, " n"], group: Int[Tensor, " n"] | None = None) -> None:
         """Add numbers."""
-        group = torch.zeros(len(values), dtype=torch.int64) if group is None else group
+        group = _one_group(values) if group is None else group
         shifted = values.double() - self._shift
         self.counts.index_add_(0, group, torch.ones_like(shifted))
         self.sums.index_add_(0, group, shifted)
@@ -104,17 +111,15 @@ class MeanCosine(Stream):
         self, x: Batch, units: Batch, norms: Float[Tensor, " n"], group: Int[Tensor, " n"] | None = None
     ) -> None:
         """The same where unit vectors (zeros for zeros) and lengths are known."""
-        group = torch.zeros(len(x), dtype=torch.int64) if group is None else group
-        present = (norms > 0).double()
-        self.totals.index_add_(0, group, torch.ones_like(present))
-        self.counts.index_add_(0, group, present)
-        self.energy.index_add_(0, group, norms.double().square())
-        for total, values in (
-            (self.unit_sums, units),
-            (self.unit_squares, units.square()),
-            (self.sums, x),
-        ):
-            total.index_add_(0, group, values.double())
+        group = _one_group(x) if group is None else group
+        groups = torch.arange(len(self.counts), device=x.device)
+        member = (groups[:, None] == group[None, :]).to(x.dtype)  # a product with it sums by group
+        self.totals += member.sum(1)
+        self.counts += member @ (norms > 0).to(x.dtype)
+        self.energy += member.double() @ norms.double().square()
+        self.unit_sums += member @ units
+        self.unit_squares += member @ units.square()
+        self.sums += member @ x
 
     def mean_cosine(self, group: int | None = None) -> float:
         """Mean cosine of all pairs in a group, or in all vectors; NaN with fewer than 2."""
@@ -183,7 +188,7 @@ class SentenceCosine(Stream):
     def update(self, means: Float[Tensor, "sentences d"], numbers: Int[np.ndarray, " sentences"]) -> None:
         """Add sentences: the mean unit vector of each, and its number in the corpus."""
         means = means.double()
-        weights = torch.as_tensor(poisson_weights(numbers, self._seed, self._replicates)).double()
+        weights = torch.as_tensor(poisson_weights(numbers, self._seed, self._replicates)).to(means)
         squares = means.square()
         self.count += len(means)
         self.sums += means.sum(0)
@@ -228,7 +233,11 @@ class SelfSimilarity(Stream):
         self.repeat_sums = torch.zeros(types, dimensions, dtype=torch.float64)
 
     def update(
-        self, units: Batch, types: Int[Tensor, " n"], repeated: Bool[Tensor, " n"] | None = None
+        self,
+        units: Batch,
+        types: Int[Tensor, " n"],
+        repeated: Bool[Tensor, " n"] | None = None,
+        present: Bool[Tensor, " n"] | None = None,
     ) -> None:
         """Add occurrences.
 
@@ -236,9 +245,10 @@ class SelfSimilarity(Stream):
             units: Unit vectors; zeros, which have no direction, are left out.
             types: The type of each, or -1 for none.
             repeated: Where the type was in the same sentence before.
+            present: Which are not zeros, where that is known.
         """
         kept = types >= 0
-        present = (units != 0).any(1)
+        present = (units != 0).any(1) if present is None else present
         self._add(self.counts, self.sums, units, types, kept & present)
         if repeated is not None:
             self._add(self.repeat_counts, self.repeat_sums, units, types, kept & present & repeated)
@@ -247,8 +257,15 @@ class SelfSimilarity(Stream):
     def _add(counts: Tensor, sums: Tensor, units: Tensor, types: Tensor, kept: Tensor) -> None:
         if not bool(kept.all()):
             units, types = units[kept], types[kept]
-        counts.index_add_(0, types, torch.ones(len(types), dtype=torch.float64))
+        counts.index_add_(0, types, torch.ones(len(types), dtype=torch.float64, device=types.device))
         sums.index_add_(0, types, units.double())
+
+    def grow(self, types: int) -> None:
+        """Make room for more types."""
+        extra = types - len(self.counts)
+        for name in ("counts", "sums", "repeat_counts", "repeat_sums"):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(extra, *old.shape[1:])]))
 
     def values(self, *, first_only: bool = False) -> Float[Tensor, " types"]:
         """Self-similarity by type; NaN where there are fewer than 2 occurrences.
@@ -281,13 +298,13 @@ class Covariance(Stream):
 
     def update(self, x: Batch) -> None:
         """Add vectors: pairwise update of Chan, Golub and LeVeque about the batch's own mean."""
-        x = x.double()
         count = len(x)
         if count == 0:
             return
-        mean = x.mean(0)
-        centred = x - mean
-        self._join(count, x.sum(0), centred.T @ centred)
+        sums = x.double().sum(0)
+        # Once the batch's mean is gone, the product keeps the precision of the vectors themselves.
+        centred = (x - sums / count).to(torch.promote_types(x.dtype, torch.float32))
+        self._join(count, sums, (centred.T @ centred).double())
 
     def merge(self, other: Covariance) -> None:
         """Take in what another accumulator has seen."""
@@ -354,7 +371,7 @@ class Sample:
             return np.ones(len(numbers), dtype=bool)
         return keys < self.keys[-1]
 
-    def update(self, x: Float[Tensor, "n ..."], numbers: Int[np.ndarray, " n"]) -> None:
+    def update(self, x: Shaped[Tensor, "n ..."], numbers: Int[np.ndarray, " n"]) -> None:
         """Offer rows, by their numbers in the corpus."""
         self.seen += len(numbers)
         self._keep(x, numbers)
@@ -403,6 +420,10 @@ def poisson_weights(numbers: Int[np.ndarray, " n"], seed: int, replicates: int) 
     keys = hashes(numbers, seed)[None, :] ^ hashes(np.arange(replicates), seed + 1)[:, None]
     draws = uniforms(keys.reshape(-1).view(np.int64), seed + 2).reshape(keys.shape)
     return np.searchsorted(steps, draws, side="right")
+
+
+def _one_group(values: Tensor) -> Int[Tensor, " n"]:
+    return torch.zeros(len(values), dtype=torch.int64, device=values.device)
 
 
 def _units(x: Batch, norms: Float[Tensor, " n"]) -> Batch:
