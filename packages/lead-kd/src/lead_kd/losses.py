@@ -105,7 +105,8 @@ def layer_weights(
 ) -> Float[Tensor, " pairs"]:
     """Weights of the teacher's layers: a softmax of -CE / temperature, without a gradient.
 
-    A layer that ranks well has a low cross-entropy and a large weight.
+    A layer that ranks well has a low cross-entropy and a large weight. Each process takes the cross-entropy
+    over its own queries, as the official code does.
 
     Args:
         teacher_log: Log distributions of the selected teacher layers.

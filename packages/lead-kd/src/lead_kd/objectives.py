@@ -52,7 +52,7 @@ class Candidates:
     def cut(self, scores: Scores) -> Scores:
         """Take the scores of each query's own passages out of those of all."""
         layers = scores.layers.gather(2, self.own.expand(len(scores.layers), -1, -1))
-        return Scores(layers, scores.final.gather(1, self.own), scores.vectors)
+        return Scores(layers, scores.final.gather(1, self.own))
 
 
 @dataclass(frozen=True)

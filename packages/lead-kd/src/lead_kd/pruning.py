@@ -25,13 +25,13 @@ def prune_layers(model: SentenceTransformer, keep: Sequence[int]) -> SentenceTra
         InputError: A layer is not there, the order is not rising, or the layers of this architecture cannot
             be found.
     """
-    layers = layer_stack(_encoder(model))
+    layers = layer_stack(encoder_of(model))
     if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= len(layers):
         raise InputError(
             f"expected rising layers from 0 to {len(layers) - 1}", field="keep", value=list(keep)
         )
     small = copy.deepcopy(model)
-    encoder = _encoder(small)
+    encoder = encoder_of(small)
     stack = layer_stack(encoder)
     kept = [stack[number] for number in keep]
     while len(stack):
@@ -78,7 +78,12 @@ def _set_depth(encoder: Any, depth: int) -> None:
         encoder.config.layer_types = types[:depth]
 
 
-def _encoder(model: SentenceTransformer) -> nn.Module:
+def encoder_of(model: SentenceTransformer) -> Any:
+    """Find the transformers encoder inside a sentence-transformers model.
+
+    Raises:
+        InputError: There is none.
+    """
     encoder = getattr(model[0], "model", None)
     if not isinstance(encoder, nn.Module) or not hasattr(encoder, "config"):
         raise InputError(

@@ -6,7 +6,7 @@ and text (one a token for ColBERT), never the hidden states of all tokens of all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -102,16 +102,22 @@ class DualEncoder(Scorer):
         return vector_scores(q_layers, q_final, p_layers, p_final, self.scale)
 
     def vectors(
-        self, features: Batch, layers: Sequence[int] | None = None
+        self,
+        features: Batch,
+        layers: Sequence[int] | None = None,
+        run: Callable[[Batch], Batch] | None = None,
     ) -> tuple[Float[Tensor, "texts layers dim"], Float[Tensor, "texts final_dim"]]:
-        """One vector a layer, and the model's own embedding."""
-        out, hidden = hidden_states(self.model, features)
+        """One vector a layer, and the model's own embedding.
+
+        Args:
+            features: Tokens.
+            layers: The layers that are wanted; all where None.
+            run: Runs the model, where a trainer has wrapped it.
+        """
+        out, hidden = hidden_states(self.model, features, run or self.model)
         wanted = range(self.n_layers) if layers is None else layers
         pooled = [self._pool(out, hidden[number]) for number in wanted]
-        final = out
-        for module in list(self.model)[1:]:
-            final = module(final)
-        return torch.stack(pooled, 1), final["sentence_embedding"]
+        return torch.stack(pooled, 1), out["sentence_embedding"]
 
     def _pool(self, features: Batch, states: Tensor) -> Tensor:
         vector = self.pooling({**features, "token_embeddings": states})["sentence_embedding"]
@@ -174,7 +180,7 @@ class ColBERT(Scorer):
     def _tokens(
         self, features: Batch, task: str, layers: Sequence[int] | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        out, hidden = hidden_states(self.model, features)
+        out, hidden = hidden_states(self.model, features, self.model[0])
         final = {**out, "token_embeddings": hidden[-1]}
         for module in list(self.model)[1:]:
             accepted = getattr(module, "forward_kwargs", set())
@@ -273,14 +279,16 @@ def _all_hidden_states(encoder: Any) -> Iterator[None]:
         encoder.config.output_hidden_states = before
 
 
-def hidden_states(model: Any, features: Batch) -> tuple[Batch, tuple[Tensor, ...]]:
-    """Run a model's encoder; give its features and the states after each layer, without the embeddings.
+def hidden_states(
+    model: Any, features: Batch, run: Callable[[Batch], Batch]
+) -> tuple[Batch, tuple[Tensor, ...]]:
+    """Run a model or its encoder; give its features and the states after each layer, without the embeddings.
 
     Raises:
         InputError: The encoder shows no hidden states.
     """
     with _all_hidden_states(model[0].model):
-        out = model[0](dict(features))
+        out = run(dict(features))
     states = out.pop("all_layer_embeddings", None)
     if not states or len(states) < 2:
         raise InputError(

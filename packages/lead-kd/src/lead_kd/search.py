@@ -36,7 +36,7 @@ class Found:
 
 def search(
     queries: Float[np.ndarray, "queries dim"],
-    passages: Embeddings | Float[np.ndarray, "passages dim"],
+    passages: Embeddings | Float[np.ndarray, "passages _"],
     k: int = 100,
     *,
     block: int = 65_536,
