@@ -20,7 +20,7 @@ def grid_size(height: int, width: int, stride: int) -> tuple[int, int]:
     ((16, 16), (1, 17))
     """
     offset = stride // 2
-    return tuple(max(1, -(-(side - offset) // stride)) for side in (height, width))  # type: ignore[return-value]
+    return max(1, -(-(height - offset) // stride)), max(1, -(-(width - offset) // stride))
 
 
 def box_cells(
