@@ -341,6 +341,23 @@ def test_equal_clients_send_different_noise(task, monkeypatch):
     assert len({payload.tobytes() for payload in sent}) == 3
 
 
+def test_the_report_of_a_run_states_the_ledger_and_what_may_be_lost(task, tmp_path):
+    from shared_core import InputError
+    from smm_dp.report import write_report
+
+    strategy = strategy_of(1.0, 3, 6, dropouts=0.34, observer="server")
+    with pytest.raises(InputError, match="no round was made"):
+        strategy.privacy_report()
+    one_round(strategy, FakeGrid(6))
+    report = strategy.privacy_report()
+    assert report["epsilon"] == strategy.ledger.spent().epsilon
+    assert (report["rounds"], report["protects"]) == (1, True)
+    assert any("server, which knows who takes part" in text for text in report["assumptions"])
+    assert any("lose 34% of those" in text for text in report["notes"])
+    page = write_report(report, tmp_path)[1].read_text()
+    assert "masked vectors" in page
+
+
 def test_colluders_noise_is_not_counted(task):
     from shared_core import InputError
 

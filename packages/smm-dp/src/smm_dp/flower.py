@@ -25,6 +25,7 @@ from smm_dp.calibration import Parameters
 from smm_dp.ledger import PrivacyLedger
 from smm_dp.mechanism import SkellamMixture
 from smm_dp.randomness import IntegerReader, secure_source
+from smm_dp.report import privacy_report
 from smm_dp.secure_aggregation import (
     AggregationAborted,
     AggregationPlan,
@@ -256,6 +257,7 @@ class SkellamMixtureStrategy(Strategy):
         self.inner, self.parameters, self.ledger, self.colluders = inner, parameters, ledger, colluders
         self.population, self.sampling_rate, self.dropouts = population, sampling_rate, dropouts
         self.timeout, self.patience = timeout, patience
+        self._server: Aggregator | None = None
         self.finished: list[tuple[str, ...]] = []
         """Names of the clients in each round's sum: known to the server, not for release."""
 
@@ -263,12 +265,35 @@ class SkellamMixtureStrategy(Strategy):
         """Log what is wrapped."""
         self.inner.summary()
 
+    def privacy_report(self) -> dict[str, Any]:
+        """Return the report of all releases in the ledger, for `smm_dp.report.write_report`.
+
+        Raises:
+            InputError: This strategy has made no release yet.
+        """
+        if not self.ledger.rounds or self._server is None:
+            raise InputError("no round was made, so there is nothing to report", field="rounds", value=0)
+        return privacy_report(
+            self._mechanism,
+            self.ledger.round_privacy,
+            self.ledger.rounds,
+            self.ledger.delta,
+            sampler=secure_source().label,
+            secure_source=True,
+            aggregation="Z_m secure aggregation over Flower: the server sees masked vectors and their sum",
+            notes=(
+                f"Each of {self.population} clients takes part with chance {self.sampling_rate:g}. A round "
+                f"may lose {self.dropouts:.0%} of those who do; {self.colluders} may tell their noise.",
+                "The server learns of no client whether its change was clipped, nor which sums wrapped.",
+            ),
+        )
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: "Grid"
     ) -> Iterable[Message]:
         """Charge the ledger, run the first three stages, and return the messages of the fourth."""
         self._arrays = arrays
-        self._server: Aggregator | None = None
+        self._server = None
         nodes = self._connected(grid)
         if len(nodes) < _SMALLEST:
             warnings.warn(
