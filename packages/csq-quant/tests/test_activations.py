@@ -153,3 +153,35 @@ def test_quantizing_twice_is_refused() -> None:
     model = quantize_activations(resnet8(10, 1), 4, torch.rand(2, 1, 8, 8))
     with pytest.raises(InputError, match="activations are quantized already"):
         quantize_activations(model, 4, torch.rand(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("method", ["pact", "lsq"])
+def test_ranges_of_an_untrained_network_are_those_that_training_sees(method: str) -> None:
+    """BatchNorm's initial statistics normalize nothing: 12 layers would shrink activations a millionfold."""
+    layers = [
+        layer for _ in range(12) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    ]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *layers, nn.Flatten(), nn.Linear(512, 4))
+    with torch.no_grad():
+        for convolution in model[1:-2:3]:
+            convolution.weight.mul_(0.3)
+    state = copy.deepcopy(model.state_dict())
+    x = torch.randn(16, 3, 8, 8)
+    quantized = quantize_activations(copy.deepcopy(model), 8, x, method)
+    assert all(torch.equal(value, quantized.state_dict()[key]) for key, value in state.items())
+    assert all(
+        norm.momentum == 0.1 and norm.training
+        for norm in quantized.modules()
+        if isinstance(norm, nn.BatchNorm2d)
+    )
+    expected, found = model.train()(x), quantized.train()(x)
+    assert (found - expected).norm() < 0.6 * expected.norm()  # ranges too small: 1.0
+
+
+def test_ranges_of_a_trained_network_follow_its_statistics_and_one_value_a_channel_is_no_batch() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    quantize_activations(copy.deepcopy(model), 4, torch.randn(1, 4))
+    model.train()(torch.randn(8, 4))
+    model[1].running_mean.fill_(-50.0)
+    plan = plan_activations(model, 8, torch.randn(16, 4))
+    assert plan["3"]["alpha"] > 20

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -372,13 +373,46 @@ def _observe(model: nn.Module, layers: dict[str, nn.Module], example: Any) -> di
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        if isinstance(example, Mapping):
-            model(**example)
-        else:
-            model(*(example if isinstance(example, tuple) else (example,)))
+        with _own_statistics(model):
+            if isinstance(example, Mapping):
+                model(**example)
+            else:
+                model(*(example if isinstance(example, tuple) else (example,)))
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
     return seen
+
+
+@contextmanager
+def _own_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm that has seen no batch yet normalize by the example's statistics, and keep none of them.
+
+    With its initial statistics it passes what it gets: activations of an untrained network shrink from layer
+    to layer, and ranges read off them would cut off nearly all that training then sends through.
+    """
+    fresh: list[Any] = [
+        module for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.num_batches_tracked is not None
+        and not int(module.num_batches_tracked)
+    ]  # fmt: skip
+    kept = [(norm, norm.momentum) for norm in fresh]
+
+    def normalize(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        norm.training = inputs[0].numel() > inputs[0].shape[1]  # one value a channel has no variance
+
+    handles = [norm.register_forward_pre_hook(normalize) for norm in fresh]
+    for norm in fresh:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, momentum in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.zero_()
+            norm.eval()
