@@ -9,7 +9,7 @@ import tiny_encoders
 import torch
 from tiny_encoders import SENTENCES
 
-from isocse.analyze import analyze, analyze_states
+from isocse.analysis import analyze, analyze_states
 from isocse.corpus import SentenceFile
 from isocse.encoders import load_encoder, pool
 from isocse.report import GeometryReport

@@ -217,13 +217,14 @@ class GeometryReport:
         names = ("model", "settings", "corpus", "layers", "notes")
         plain: dict[str, Any] = {name: content[name] for name in names}
         curves: dict[str, Any] = {name: _arrays(content[name]) for name in ("measures", "errors")}
+        nested: dict[str, Any] = {
+            name: {key: _arrays(value) for key, value in content[name].items()}
+            for name in ("by_class", "by_frequency", "removal", "treated")
+        }
         return cls(
             **plain,
             **curves,
-            **{
-                name: {key: _arrays(value) for key, value in content[name].items()}
-                for name in ("by_class", "by_frequency", "removal", "treated")
-            },
+            **nested,
             types=TypeTable(
                 **{name: table[name] for name in ("tokens", "texts", "classes")},
                 counts=np.array(table["counts"], dtype=np.int64),

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy import stats
 
-from isocse.analyze import analyze
+from isocse.analysis import analyze
 from isocse.encoders import load_encoder, pad, tokenize
 from isocse.report import GeometryReport, _plain
 from shared_core import InputError, files
