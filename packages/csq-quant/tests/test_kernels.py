@@ -13,9 +13,9 @@ from csq.functional import bit_weight
 from shared_core import InputError
 
 
-def leaves(n: int, weights: int) -> list[torch.Tensor]:
+def leaves(n: int, shape: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(n)
-    drawn = [torch.randn(n, weights, generator=generator) for _ in range(2)]
+    drawn = [torch.randn(n, *shape, generator=generator) for _ in range(2)]
     return [t.requires_grad_() for t in (*drawn, torch.randn(n, generator=generator), torch.tensor(0.7))]
 
 
@@ -23,15 +23,16 @@ def leaves(n: int, weights: int) -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.skipif(not kernels.has_compiler("cpu"), reason="needs a C++ compiler")
 def test_compiled_kernels_agree_with_plain_ones_on_all_shapes():
-    for n, weights in ((8, 300), (3, 77), (1, 300), (8, 1)):
-        plain, fused = leaves(n, weights), leaves(n, weights)
-        expected = bit_weight(*plain, 3.0)
-        found = bit_weight(*fused, 3.0, compiled=True)
-        torch.testing.assert_close(found, expected)
-        expected.square().sum().backward()
-        found.square().sum().backward()
-        for one, other in zip(plain, fused, strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    with torch._dynamo.config.patch(recompile_limit=1):  # variants beyond torch's limit are compiled too
+        for n, shape in ((8, (300,)), (3, (7, 5, 3, 3)), (1, (1,))):
+            plain, fused = leaves(n, shape), leaves(n, shape)
+            expected = bit_weight(*plain, 3.0)
+            found = bit_weight(*fused, 3.0, compiled=True)
+            torch.testing.assert_close(found, expected)
+            expected.square().sum().backward()
+            found.square().sum().backward()
+            for one, other in zip(plain, fused, strict=True):
+                torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
     assert not kernels._failed  # it was the compiled kernel that was compared
 
 
@@ -44,7 +45,7 @@ def test_a_compiler_that_fails_costs_one_warning_and_no_result(monkeypatch):
 
     monkeypatch.setattr(kernels, "_compile", broken)
     monkeypatch.setattr(kernels, "_failed", False)
-    plain, fused = leaves(4, 20), leaves(4, 20)
+    plain, fused = leaves(4, (20,)), leaves(4, (20,))
     with pytest.warns(UserWarning, match="compiled kernel is not available") as caught:
         bit_weight(*fused, 3.0, compiled=True).square().sum().backward()
     assert len(caught) == 1

@@ -122,7 +122,7 @@ class _PlaneSum(torch.autograd.Function):
         total = positive.new_zeros(positive[0].numel())
         kernel = kernels.forward(compiled)
         for part in _parts(live, total.numel(), compiled):
-            kernel(_rows(positive, part), _rows(negative, part), factors[part], temperature, total)
+            kernel(_rows(positive, part), _rows(negative, part), factors[part].detach(), temperature, total)
         return (total * step_size(scale, len(gates))).view(positive.shape[1:])
 
     @staticmethod
@@ -135,7 +135,7 @@ class _PlaneSum(torch.autograd.Function):
         positive, negative, gates, scale, temperature = ctx.saved_tensors
         (upstream,) = outputs
         n, step = len(gates), step_size(scale, len(gates))
-        upstream = upstream.to(positive.dtype).reshape(-1)
+        upstream = upstream.to(positive.dtype).reshape(-1).detach()
         values = place_values(gates)
         factors = gates * values * step * temperature
         d_positive, d_negative = _empty(ctx.buffers, positive), _empty(ctx.buffers, negative)
@@ -144,7 +144,7 @@ class _PlaneSum(torch.autograd.Function):
         for part in _parts(ctx.live, upstream.numel(), ctx.compiled):
             into = _written(d_positive, part), _written(d_negative, part)
             rows = _rows(positive, part), _rows(negative, part)
-            kernel(*rows, factors[part], temperature, upstream, *into, inner[part])
+            kernel(*rows, factors[part].detach(), temperature, upstream, *into, inner[part].detach())
         for dead in set(range(n)) - set(ctx.live):
             d_positive[dead].zero_()
             d_negative[dead].zero_()
@@ -200,13 +200,14 @@ def step_size(scale: Float[Tensor, ""], planes: int) -> Float[Tensor, ""]:
 
 
 def _rows(planes: Tensor, part: slice) -> Tensor:
-    return planes[part].flatten(1) if planes.dim() > 1 else planes[part].unsqueeze(1)
+    # Detached: the compiler tells views by the shapes of what they view, and would compile anew for each.
+    return (planes[part].flatten(1) if planes.dim() > 1 else planes[part].unsqueeze(1)).detach()
 
 
 def _written(planes: Tensor, part: slice) -> Tensor:
     """A view to write through: it raises where `flatten` would give a copy."""
     chosen = planes[part]
-    return chosen.view(len(chosen), -1)
+    return chosen.view(len(chosen), -1).detach()
 
 
 def _parts(live: tuple[int, ...], weights: int, compiled: bool) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """The two loops over bit planes: what runs in every step of training, plainly and compiled.
 
 Planes are `(planes, weights)` here; results are written where the caller wants them. The compiled kernels are
-the same formulas in one pass over memory, made by torch.compile once for all shapes.
+the same formulas in one pass over memory, made by torch.compile for all shapes together, a dozen times at most.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ Kernel = Callable[..., None]
 
 WORTH_COMPILING = 1_000_000
 """Weights from which `auto` compiles: below, a run is over before the compiler's seconds come back."""
+VARIANTS = 64
+"""How often a kernel may be compiled, at most; a dozen are seen."""
 VARIABLE = "CSQ_KERNEL"
 
 
@@ -135,7 +137,7 @@ def _fused(kernel: Kernel, plain: Kernel) -> Kernel:
     def run(*arguments: Tensor) -> None:
         global _failed
         try:
-            _compile(kernel)(*arguments)
+            _run_compiled(kernel, arguments)
         except (
             Exception
         ) as error:  # whatever a compiler's tool chain raises: the plain kernel needs none of it
@@ -149,3 +151,15 @@ def _fused(kernel: Kernel, plain: Kernel) -> Kernel:
             plain(*arguments)
 
     return run
+
+
+def _run_compiled(kernel: Kernel, arguments: tuple[Tensor, ...]) -> None:
+    try:
+        _compile(kernel)(*arguments)
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":
+            raise
+        # One plane or many, at the start of memory or within, few weights or many: each is compiled apart,
+        # which in a large model is more than torch's limit of 8.
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            _compile(kernel)(*arguments)
