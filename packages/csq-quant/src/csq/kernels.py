@@ -1,7 +1,7 @@
 """The two loops over bit planes: what runs in every step of training, plainly and compiled.
 
 Planes are `(planes, weights)` here; results are written where the caller wants them. The compiled kernels are
-the same formulas in one pass over memory, made by torch.compile for all shapes together, a dozen times at most.
+the same formulas in one pass over memory, made by torch.compile for all shapes, a dozen times at most.
 """
 
 from __future__ import annotations
