@@ -65,7 +65,8 @@ def test_two_rounds_with_a_dropped_client_give_the_survivors_sum(tmp_path):
     server_app, client_app, outcome, found = build_apps(tmp_path, dropped={2})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one_worker = {"init_args": {"num_cpus": 1, "include_dashboard": False}}
+        # a cluster of its own: without the address Ray joins whatever cluster runs on the machine
+        one_worker = {"init_args": {"num_cpus": 1, "include_dashboard": False, "address": "local"}}
         run_simulation(
             server_app, client_app, 4, backend_config=one_worker | {"client_resources": {"num_cpus": 1}}
         )
