@@ -3,12 +3,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from exhaustive import capacity, lost_slices, placed_states, training_rates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_recommender import infer, table_of, train
 
 from migperf.backends.cpu import CpuBackend
+from migperf.exhaustive import capacity, lost_slices, placed_states, training_rates
 from migperf.fleet import Gpu, recommend_fleet
 from migperf.geometry import Geometry
 from migperf.jobs import InferenceJob, TrainingJob

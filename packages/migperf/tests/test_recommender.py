@@ -3,11 +3,11 @@ import json
 import re
 
 import pytest
-from exhaustive import best_ranks, placed_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_records import poisson, record
 
+from migperf.exhaustive import best_ranks, placed_states
 from migperf.geometry import Geometry
 from migperf.jobs import InferenceJob, TrainingJob
 from migperf.profiles import layout

@@ -153,7 +153,7 @@ def test_a_killed_sweep_leaves_its_finished_cells(tmp_path):
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     path = tmp_path / "records.jsonl"
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + 120  # the machine that runs the tests may be busy
     while time.monotonic() < limit and not (path.exists() and path.stat().st_size):
         time.sleep(0.02)
     parent.kill()

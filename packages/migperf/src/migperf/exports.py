@@ -85,7 +85,15 @@ def kubernetes(geometry: Geometry, name: str = "migperf", strategy: Strategy = "
         + ", ".join(f"{resource}: {count}" for resource, count in offered.items())
         + "\n"
     )
-    return head + yaml.safe_dump_all([config, *pods], sort_keys=False)
+
+    class Dumper(yaml.SafeDumper):
+        """Writes texts of several lines as such."""
+
+    def lines(dumper: Any, text: str) -> Any:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+    Dumper.add_representer(str, lines)
+    return head + yaml.dump_all([config, *pods], Dumper=Dumper, sort_keys=False)
 
 
 def _pod(resource: str) -> dict[str, Any]:

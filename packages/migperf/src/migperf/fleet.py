@@ -1,6 +1,7 @@
 """Several GPUs: one mix of jobs over all of them, by integer programming over each GPU's geometries."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from migperf.mixes import Counts, Mix, Sharing
 from migperf.profiles import HasLayout, Layout, layout_of
 from migperf.recommendation import plain
 from migperf.recommender import Site, best_site, grouped, prepare
-from migperf.tables import Table
+from migperf.tables import Table, as_table
 from shared_core import InputError
 
 _SLACK = 1e-7  # what a level may lose to rounding while the next one is made better
@@ -29,13 +30,13 @@ class Gpu:
     Attributes:
         name: `node1:0`.
         device: A layout or the name of a model.
-        table: What was measured on that model.
+        table: What was measured on that model, or the folder of its records.
         live: What exists on it now.
     """
 
     name: str
     device: Layout | HasLayout | str
-    table: Table
+    table: Table | str | os.PathLike[str]
     live: Geometry | None = None
 
 
@@ -154,7 +155,7 @@ def recommend_fleet(
 
 def _member(gpu: Gpu, jobs: Sequence[Job], predict: bool) -> _Member:
     layout = layout_of(gpu.device)
-    mix = prepare(layout, jobs, gpu.table, predict=predict)
+    mix = prepare(layout, jobs, as_table(gpu.table), predict=predict)
     live = gpu.live if gpu.live is not None else Geometry(layout)
     return _Member(
         gpu, mix, {counts: best_site(states, live) for counts, states in grouped(mix, layout).items()}

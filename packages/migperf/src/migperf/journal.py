@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from migperf import plans
-from migperf.backends import Backend, Instance
+from migperf.backends import Backend, Instances
 from migperf.errors import DeviceError, GeometryError
 from migperf.geometry import Geometry, Slot
 
@@ -112,9 +112,7 @@ def restore(backend: Backend) -> plans.Plan | None:
 
 
 @contextmanager
-def partitioned(
-    backend: Backend, geometry: Geometry, *, keep: bool = False
-) -> Iterator[tuple[Instance, ...]]:
+def partitioned(backend: Backend, geometry: Geometry, *, keep: bool = False) -> Iterator[Instances]:
     """Cut a device as wanted for the length of a block, and put it back after it, also when the block fails.
 
     Instances that are there already stay as they are. On a GPU whose MIG mode is off the mode is turned on
@@ -126,7 +124,7 @@ def partitioned(
         keep: Leave the geometry when the block ends well. When it fails the device is put back all the same.
 
     Yields:
-        The instances, in the geometry's order.
+        The instances, in the geometry's order; `run` takes them as they are.
 
     Raises:
         GeometryError: The geometry cannot exist; nothing was changed.
@@ -150,7 +148,7 @@ def partitioned(
         try:
             if not journal.enabled:
                 backend.enable(True)
-            yield plans.apply(backend, plans.plan(backend, geometry))
+            yield Instances(plans.apply(backend, plans.plan(backend, geometry)), backend)
         except BaseException:
             _go_back(backend, journal)
             raise

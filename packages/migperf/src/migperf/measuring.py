@@ -25,7 +25,7 @@ from migperf.loads import CLOSED, Load, Open
 from migperf.parts import Part, assign, cell_name, name_of, own_schedule
 from migperf.processes import Worker, gather, living
 from migperf.records import Record, Writer
-from migperf.samplers import Recorder, Window, of_device
+from migperf.samplers import Recorder, Window, device_activity, of_device
 from migperf.samplers.procfs import CpuSampler, ProcessSampler
 from migperf.samplers.psi import PressureSampler
 from migperf.whereabouts import misplaced, wrong_threads
@@ -35,6 +35,9 @@ from shared_core import InputError
 
 LEAD_NS = 60_000_000
 """Between the last worker's `ready` and the common start: long enough for the line to reach all of them."""
+
+IDLE_SECONDS = 1.0
+"""For which the board's energy is read before the workers start."""
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Result:
 def run(
     workloads: Workload | Sequence[Workload],
     instances: Sequence[Instance],
-    backend: Backend,
+    backend: Backend | None = None,
     load: Load | Sequence[Load] = CLOSED,
     duration: float = 10.0,
     repeats: int = 3,
@@ -113,7 +116,7 @@ def run(
     Args:
         workloads: One for all instances, or one each.
         instances: One a worker; several may be the same instance where it is shared.
-        backend: The device that they are parts of.
+        backend: The device that they are parts of; instances of `partitioned` know it.
         load: What asks them: one for all (each worker draws its own schedule), or one each.
         duration: Seconds of the measured window.
         repeats: How often; each with new processes.
@@ -130,6 +133,10 @@ def run(
     Raises:
         InputError: The numbers do not fit together, or a time is not above 0.
     """
+    if backend is None:
+        backend = getattr(instances, "backend", None)
+    if backend is None:
+        raise InputError("name the device that these instances are parts of", field="backend")
     parts = assign(workloads, instances, backend, load, mode)
     if not (np.isfinite(duration) and duration > 0):
         raise InputError("expected seconds above 0", field="duration", value=duration)
@@ -154,6 +161,51 @@ def run(
     return result
 
 
+class Crew:
+    """Worker processes of one cell, started together, pinned, warmed up, and waiting to be measured.
+
+    Args:
+        parts: What each does and where.
+        timeout: Seconds that they have to get ready; one that does not is a failure, nobody waits for it.
+        warmup_seconds: After that long, 20 iterations are enough even if they vary.
+    """
+
+    def __init__(self, parts: Sequence[Part], timeout: float, warmup_seconds: float) -> None:
+        self.parts, self.timeout, self.warmup_seconds = parts, timeout, warmup_seconds
+        self.answers: queue.Queue[tuple[int, Any]] = queue.Queue()
+        self.workers: list[Worker] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="migperf-")
+        self.folder = Path(self._folder.name)
+
+    def __enter__(self) -> "Crew":
+        try:
+            for index, part in enumerate(self.parts):
+                task = {
+                    "workload": part.workload.spec,
+                    "load": loads.spec_of(part.load),
+                    "raw": str(self.folder / f"{index}.npz"),
+                    "warmup_seconds": self.warmup_seconds,
+                }
+                self.workers.append(Worker(index, part.launch, task, self.answers))
+            gather(self.workers, self.answers, "start or warm-up", self.timeout)
+            for worker in living(self.workers):
+                if problem := misplaced(self.parts[worker.index], worker.ready, worker.pid):
+                    worker.fail(problem)
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End all of them."""
+        for worker in self.workers:
+            worker.end()
+        self._folder.cleanup()
+
+
 @dataclass
 class CellRun:
     """One repeat of one cell."""
@@ -173,32 +225,44 @@ class CellRun:
 
     def measure(self, timeout: float, warmup_seconds: float, observed: Callable[[], str] | None) -> None:
         """Start the workers, measure them, and make their records."""
-        before = contamination.baseline()
-        answers: queue.Queue[tuple[int, Any]] = queue.Queue()
-        workers: list[Worker] = []
-        with tempfile.TemporaryDirectory(prefix="migperf-") as folder:
-            try:
-                for index, part in enumerate(self.parts):
-                    task = {
-                        "workload": part.workload.spec,
-                        "load": loads.spec_of(part.load),
-                        "raw": str(Path(folder, f"{index}.npz")),
-                        "warmup_seconds": warmup_seconds,
-                    }
-                    workers.append(Worker(index, part.launch, task, answers))
-                gather(workers, answers, "start or warm-up", timeout)
-                for worker in living(workers):
-                    if problem := misplaced(self.parts[worker.index], worker.ready, worker.pid):
-                        worker.fail(problem)
-                start, stop, trim = self._begin(living(workers))
-                edges = [start + trim, stop - trim]
-                with Recorder(self._samplers(workers), edges=edges) as recorder:
-                    self._watch(workers, (edges[0] + edges[1]) // 2, observed)
-                    gather(workers, answers, "measurement", self.duration + 2 * trim / 1e9 + 60)
-                self._keep(workers, Path(folder), edges, recorder, before)
-            finally:
-                for worker in workers:
-                    worker.end()
+        before, idle = contamination.baseline(), self._idle_watts()
+        with Crew(self.parts, timeout, warmup_seconds) as crew:
+            self.window(crew, before, observed, idle)
+
+    def window(
+        self,
+        crew: "Crew",
+        before: float,
+        observed: Callable[[], str] | None = None,
+        idle: float | None = None,
+    ) -> None:
+        """Measure workers that are ready for one window, and make their records.
+
+        Args:
+            crew: The workers, of parts like these.
+            before: Cores' worth of others' work before.
+            observed: Says how the device is shared in truth.
+            idle: The board's power before anything ran.
+        """
+        workers = crew.workers
+        start, stop, trim = self._begin(living(workers))
+        edges = [start + trim, stop - trim]
+        with Recorder(self._samplers(workers), edges=edges) as recorder:
+            self._watch(workers, (edges[0] + edges[1]) // 2, observed)
+            gather(workers, crew.answers, "measurement", self.duration + 2 * trim / 1e9 + 60)
+        self._keep(workers, crew.folder, edges, recorder, before, idle)
+
+    def _idle_watts(self) -> float | None:
+        """Return the board's power before anything runs; None where there is no counter of energy."""
+        board = next((sampler for sampler in of_device(self.backend) if sampler.name == "board"), None)
+        if board is None:
+            return None
+
+        def read_mj() -> float | None:
+            joules = board.sample().get("energy_joules_total")
+            return None if joules is None else joules * 1000
+
+        return energy.idle_floor(read_mj, IDLE_SECONDS)
 
     def _begin(self, ready: Sequence[Worker]) -> tuple[int, int, int]:
         """Name the moment at which all begin, and the one at which they end, to those that are ready."""
@@ -206,7 +270,8 @@ class CellRun:
         start = time.perf_counter_ns() + LEAD_NS
         stop = start + round(self.duration * 1e9) + 2 * trim
         for worker in ready:
-            worker.tell({"start": start, "stop": stop})
+            load = loads.spec_of(self.parts[worker.index].load)
+            worker.tell({"start": start, "stop": stop, "load": load})
         return start, stop, trim
 
     def _samplers(self, workers: Sequence[Worker]) -> list[Any]:
@@ -237,7 +302,13 @@ class CellRun:
             self.mode = observed()
 
     def _keep(
-        self, workers: Sequence[Worker], folder: Path, edges: Sequence[int], recorder: Recorder, before: float
+        self,
+        workers: Sequence[Worker],
+        folder: Path,
+        edges: Sequence[int],
+        recorder: Recorder,
+        before: float,
+        idle: float | None = None,
     ) -> None:
         start, end = edges
         for worker in workers:
@@ -247,7 +318,9 @@ class CellRun:
                 end = min(end, int(worker.done["end"]))
         seen = recorder.window(start, max(start, end))
         ours = [worker.pid for worker in workers]
-        split = _split(self.parts, seen)
+        board = {**_split(self.parts, seen), **_activity(self.parts, seen, self.backend.layout.slices)}
+        if idle is not None:
+            board["idle_watts"] = idle
         for worker in workers:
             part = self.parts[worker.index]
             if worker.failure is not None:
@@ -260,7 +333,7 @@ class CellRun:
                     peak_memory_mib=worker.done["peak_memory_mib"],
                     energy_joules=seen.differences.get("board.energy_joules_total"),
                     metrics={**record.metrics, **_of_worker(worker, seen)},
-                    extra={**record.extra, "facts": worker.ready["facts"], **_told(seen, recorder), **split},
+                    extra={**record.extra, "facts": worker.ready["facts"], **_told(seen, recorder), **board},
                     host={
                         **record.host,
                         **{k: worker.ready[k] for k in ("torch", "uuid") if k in worker.ready},
@@ -320,7 +393,12 @@ class CellRun:
             load={**loads.spec_of(part.load), "duration": self.duration},
             status=status,
             message=message,
-            host={**facts, "kernel": platform.release(), "python": platform.python_version()},
+            host={
+                **facts,
+                "not_isolated": list(self.backend.not_isolated),
+                "kernel": platform.release(),
+                "python": platform.python_version(),
+            },
             workers=len(self.parts),
         )
 
@@ -404,6 +482,17 @@ def _split(parts: Sequence[Part], seen: Window) -> dict[str, Any]:
         active[name_of(part.instance)] = share, part.instance.profile.slices
     found = energy.split(seen.differences.get("board.energy_joules_total"), active)
     return {"energy_split": {name: asdict(estimate) for name, estimate in found.items()}} if found else {}
+
+
+def _activity(parts: Sequence[Part], seen: Window, slices: int) -> dict[str, float]:
+    """Return the whole device's activity, each instance's weighed with its slices; {} if one is unknown."""
+    found = []
+    for part in parts:
+        active = seen.means.get(f"gpm{part.instance.handle.get('gi')}.gr_active")
+        if active is None:
+            return {}
+        found.append((active, part.instance.profile.slices))
+    return {"device_activity": device_activity(found, slices)}
 
 
 def _told(seen: Window, recorder: Recorder) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -209,6 +210,18 @@ def recorded(profile_id: int, starts: tuple[int, ...]) -> tuple[int, ...]:
         for profile in table.profiles:
             if profile.id == profile_id and profile.starts == starts and profile.preference != starts:
                 return profile.preference
+    return ()
+
+
+def refused_before_r510(profiles: Sequence[Profile]) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of a device's profiles that drivers before R510 do not put beside each other."""
+    have = {(profile.id, profile.starts) for profile in profiles}
+    for table in _tables().values():
+        if {(profile.id, profile.starts) for profile in table.profiles} & have:
+            ids = {one for one, _ in have}
+            pairs = tuple(pair for pair in table.refused_before_r510 if set(pair) <= ids)
+            if pairs:
+                return pairs
     return ()
 
 

@@ -1,5 +1,6 @@
 """The recommender: exact over all geometries of a device and all ways to share their instances among jobs."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from migperf.mixes import OBJECTIVES, UNIT, Counts, Mix, Objective, Score, Shari
 from migperf.profiles import HasLayout, Layout, layout_of
 from migperf.recommendation import LEVELS, PLACEMENT_LEVELS, Placed, Recommendation, RunnerUp, Unmet
 from migperf.scaling import complete
-from migperf.tables import Table
+from migperf.tables import Table, as_table
 from shared_core import InputError
 
 _ALONE = (
@@ -49,7 +50,7 @@ class Site:
 def recommend(
     device: Layout | HasLayout | str,
     jobs: Sequence[Job],
-    table: Table,
+    table: Table | str | os.PathLike[str],
     *,
     objective: Objective = "throughput",
     live: Geometry | None = None,
@@ -67,7 +68,7 @@ def recommend(
     Args:
         device: A layout, a backend (whose live instances are asked for) or the name of a model.
         jobs: The mix.
-        table: What was measured on that device.
+        table: What was measured on that device, or the folder of its records.
         objective: What is better.
         live: What exists now, placed; None: what the backend says, or nothing.
         predict: Whether missing cells may be predicted by the two-resource law.
@@ -78,6 +79,7 @@ def recommend(
     """
     if objective not in OBJECTIVES:
         raise InputError(f"expected one of {', '.join(OBJECTIVES)}", field="objective", value=objective)
+    table = as_table(table)
     layout = layout_of(device)
     mix = prepare(layout, jobs, table, predict=predict)
     live = live if live is not None else _live(device, layout)

@@ -44,7 +44,8 @@ class Cell:
     def name(self, duration: float) -> str:
         """Return what names the cell in records: readable, and different for all that differs."""
         specs = [[one.spec for one in self.workloads], [loads.spec_of(one) for one in self.loads], duration]
-        digest = hashlib.sha256(json.dumps(specs, sort_keys=True).encode()).hexdigest()[:8]
+        same = json.loads(json.dumps(specs), parse_int=float)  # 2 s are 2.0 s
+        digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
         what = "+".join(f"{one.name} {one.mode} b{one.batch}" for one in self.workloads)
         how = "+".join(_short(one) for one in self.loads)
         return f"{self.geometry} {self.mode} {what} {how} #{digest}"

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from migperf.errors import DataError
-from migperf.records import Record
+from migperf.records import Record, read
 from shared_core import InputError
 
 Source = Literal["measured", "predicted"]
@@ -213,6 +214,11 @@ def table_from_records(records: Iterable[Record], *, device: str | None = None, 
         records=len(chosen),
         contaminated=contaminated,
     )
+
+
+def as_table(table: Table | str | os.PathLike[str]) -> Table:
+    """Return a table as it is, or that of a folder of records."""
+    return table if isinstance(table, Table) else table_from_records(read(table))
 
 
 def _cell(key: Key, records: Sequence[Record]) -> Cell:

@@ -1,7 +1,7 @@
 """The process inside an instance: pins itself, builds the workload, warms up, waits, is measured, reports.
 
-`python -m migperf.worker` reads one JSON line of what to do, answers `ready`, reads one line of when to begin
-and end, and answers `done`; raw times go into a file. Standard output belongs to the protocol: whatever
+`python -m migperf.worker` reads one JSON line of what to do, answers `ready`, and for each line of when to
+begin and end answers `done`; raw times go into a file. Standard output belongs to the protocol: whatever
 libraries print goes to standard error.
 """
 
@@ -83,11 +83,11 @@ def main() -> int:
         stage = "warm-up"
         run.warm_up()
         _answer(answers, {"ready": True, **run.identity()})
-        moments = json.loads(sys.stdin.readline() or "null")
-        if moments is None:  # the parent went away
-            return 1
         stage = "measurement"
-        _answer(answers, {"done": True, **run.measure(moments)})
+        while (
+            moments := json.loads(sys.stdin.readline() or "null")
+        ) is not None:  # until the parent goes away
+            _answer(answers, {"done": True, **run.measure(moments)})
     except Exception as error:
         kind = "oom" if is_out_of_memory(error) else "failed"
         message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
@@ -191,6 +191,8 @@ class _Run:
         from migperf import loads
 
         start, stop = int(moments["start"]), int(moments["stop"])
+        if "load" in moments:  # a window of its own schedule
+            self.load = loads.from_spec(moments["load"])
         clock = loads.WallClock()
         self.task.synchronize()
         if isinstance(self.load, loads.Open):

@@ -29,6 +29,23 @@ class Instance:
     compute: tuple[int, ...] | None = None
 
 
+class Instances(tuple[Instance, ...]):
+    """Instances with the backend that made them: what runs in them need not be told whose they are.
+
+    Args:
+        instances: In the order of their geometry.
+        backend: That they are parts of.
+    """
+
+    backend: "Backend"
+
+    def __new__(cls, instances: Sequence[Instance], backend: "Backend") -> "Instances":
+        """Make the tuple and remember the backend."""
+        made = super().__new__(cls, instances)
+        made.backend = backend
+        return made
+
+
 @dataclass(frozen=True)
 class Launch:
     """How a worker process gets into an instance.

@@ -17,7 +17,7 @@ from migperf.backends.driver_errors import (
 )
 from migperf.errors import DeviceError, GeometryError
 from migperf.geometry import Slot, cells_text
-from migperf.profiles import Layout, Profile, memory_in_name, recorded
+from migperf.profiles import Layout, Profile, memory_in_name, recorded, refused_before_r510
 
 MEDIA_ENUMS = (0x7, 0x8)
 """Enums of the profiles with media extensions, for drivers that give profiles no names."""
@@ -85,7 +85,14 @@ class MigBackend:
                 f"{name} has no MIG: open it as cuda:N to share it whole, time-sliced or by MPS"
             )
         axis = max(start + profile.size for profile in profiles for start in profile.starts)
-        return Layout(name, axis, max(profile.slices for profile in profiles), profiles, total_mib=total)
+        return Layout(
+            name,
+            axis,
+            max(profile.slices for profile in profiles),
+            profiles,
+            total_mib=total,
+            refused_before_r510=refused_before_r510(profiles),
+        )
 
     def _info(self, enum: int) -> Any:
         """Return what the driver says of a profile, None where this GPU or driver does not have it."""

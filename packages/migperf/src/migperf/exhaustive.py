@@ -1,23 +1,26 @@
 """The recommender's judge: all placed geometries, all ways to give instances to jobs, by plain enumeration.
 
-Shares no code with the recommender: its own intervals, its own reading of the table, its own objective.
+Shares no code with the recommender: its own intervals, its own reading of the table, its own objective. The
+proof and the tests hold the recommender against it; nothing else uses it, for it is slow.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
+from typing import Any
 
-from scipy.optimize import brentq
-
-from migperf.jobs import InferenceJob, TrainingJob
+from migperf.jobs import InferenceJob, Job, TrainingJob
+from migperf.profiles import Layout
+from migperf.tables import OpenLoop, Table
 
 Placed = tuple[str, int]
 
 
-def placed_states(layout, names) -> Iterator[frozenset[Placed]]:
+def placed_states(layout: Layout, names: Collection[str]) -> Iterator[frozenset[Placed]]:
+    """Yield every placed geometry of these profiles, the empty one included."""
     slots = [(p.name, start) for p in layout.profiles if p.name in names for start in p.starts]
 
-    def grow(chosen, rest):
+    def grow(chosen: list[Placed], rest: list[Placed]) -> Iterator[frozenset[Placed]]:
         yield frozenset(chosen)
         for index, slot in enumerate(rest):
             if possible(layout, [*chosen, slot]):
@@ -26,12 +29,14 @@ def placed_states(layout, names) -> Iterator[frozenset[Placed]]:
     yield from grow([], slots)
 
 
-def cells_of(layout, slot: Placed) -> set[int]:
+def cells_of(layout: Layout, slot: Placed) -> set[int]:
+    """Return the memory slices of a placed profile."""
     profile = next(p for p in layout.profiles if p.name == slot[0])
     return set(range(slot[1], slot[1] + profile.size))
 
 
-def possible(layout, slots) -> bool:
+def possible(layout: Layout, slots: Sequence[Placed]) -> bool:
+    """Return whether placed profiles can exist together."""
     taken = [cell for slot in slots for cell in cells_of(layout, slot)]
     names = [name for name, _ in slots]
     return (
@@ -41,7 +46,8 @@ def possible(layout, slots) -> bool:
     )
 
 
-def lost_slices(layout, state) -> int:
+def lost_slices(layout: Layout, state: Collection[Placed]) -> int:
+    """Return the memory slices that are neither taken nor could be taken by one more instance."""
     covered = {cell for slot in state for cell in cells_of(layout, slot)}
     for profile in layout.profiles:
         for start in profile.starts:
@@ -50,8 +56,8 @@ def lost_slices(layout, state) -> int:
     return layout.axis - len(covered)
 
 
-def capacity(job: InferenceJob, table, layout, name: str) -> float:
-    """The most items per second in time, over the batches."""
+def capacity(job: InferenceJob, table: Table, layout: Layout, name: str) -> float:
+    """Return the most items per second in time, over the batches."""
     memory = next(p for p in layout.profiles if p.name == name).memory_mib
     best = 0.0
     for (workload, profile, batch), cell in table.cells.items():
@@ -69,25 +75,33 @@ def capacity(job: InferenceJob, table, layout, name: str) -> float:
     return best
 
 
-def in_time(job, load) -> bool:
+def in_time(job: InferenceJob, load: OpenLoop) -> bool:
+    """Return whether an open loop kept the objective."""
     return load.status == "ok" and load.latency_ms["p99"].middle <= job.slo_ms
 
 
 def estimated(job: InferenceJob, batch: int, throughput: float) -> float:
-    """Kingman's wait with an exponential tail for steps that always take equally long; utilisation to 0.8."""
+    """Return the most items per second by Kingman's wait with an exponential tail, utilisation to 0.8.
+
+    Steps always take equally long.
+    """
+    from scipy.optimize import brentq
+
     step = 1000 * batch / throughput
 
-    def excess(u):
+    def excess(u: float) -> float:
         return max(2 * step, step + step / batch / 2 / (1 - u) * max(0.0, math.log(max(u, 1e-12) / 0.01)))
 
     if 2 * step > job.slo_ms:
         return 0.0
     if excess(0.8) <= job.slo_ms:
         return 0.8 * throughput
-    return throughput * brentq(lambda u: excess(u) - job.slo_ms, 0.0, 0.8, xtol=1e-13)
+    root: Any = brentq(lambda u: excess(u) - job.slo_ms, 0.0, 0.8, xtol=1e-13)
+    return throughput * root
 
 
-def training_rates(job: TrainingJob, table, layout) -> dict[str, float]:
+def training_rates(job: TrainingJob, table: Table, layout: Layout) -> dict[str, float]:
+    """Return the job's throughput in each profile in which it fits, as a share of the best one's."""
     rates = {}
     for profile in layout.profiles:
         cell = table.cells.get((table.resolve(job.workload, "train"), profile.name, job.batch))
@@ -103,7 +117,13 @@ def training_rates(job: TrainingJob, table, layout) -> dict[str, float]:
     return {name: rate / best for name, rate in rates.items()}
 
 
-def best_ranks(layout, jobs, table, names, live=frozenset()) -> tuple[float, ...]:
+def best_ranks(
+    layout: Layout,
+    jobs: Sequence[Job],
+    table: Table,
+    names: Collection[str],
+    live: frozenset[Placed] = frozenset(),
+) -> tuple[float, ...]:
     """Return the best (objectives met, weighted training share, -lost slices, -instances changed)."""
     caps = {
         (job.name, name): capacity(job, table, layout, name)
@@ -113,13 +133,14 @@ def best_ranks(layout, jobs, table, names, live=frozenset()) -> tuple[float, ...
     }
     shares = {job.name: training_rates(job, table, layout) for job in jobs if isinstance(job, TrainingJob)}
     best = (-1.0, 0.0, 0.0, 0.0)
-    lost = {}
+    lost: dict[frozenset[Placed], int] = {}
+    nobody = [None] if live else []  # nobody would create an instance for no job
     for state in placed_states(layout, names):
         slots = sorted(state)
-        for owners in product([None, *jobs], repeat=len(slots)):
+        for owners in product([*nobody, *jobs], repeat=len(slots)):
             used = frozenset(slot for slot, owner in zip(slots, owners, strict=True) if owner is not None)
             if any(owner is None and slot not in live for slot, owner in zip(slots, owners, strict=True)):
-                continue  # nobody would create an instance for no job
+                continue
             score = value(jobs, caps, shares, slots, owners)
             if score is None or score < best[:2]:
                 continue
@@ -129,7 +150,14 @@ def best_ranks(layout, jobs, table, names, live=frozenset()) -> tuple[float, ...
     return best
 
 
-def value(jobs, caps, shares, slots, owners):
+def value(
+    jobs: Sequence[Job],
+    caps: dict[tuple[str, str], float],
+    shares: dict[str, dict[str, float]],
+    slots: Sequence[Placed],
+    owners: Sequence[Job | None],
+) -> tuple[float, float] | None:
+    """Return objectives met and training throughput of one way to give instances away; None if it is none."""
     met = trained = 0.0
     for job in jobs:
         mine = [name for (name, _), owner in zip(slots, owners, strict=True) if owner is job]

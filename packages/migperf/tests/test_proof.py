@@ -1,0 +1,145 @@
+"""The proof's parts decide by their numbers, refuse on a busy machine, and end in time."""
+
+import json
+import os
+import time
+
+import pytest
+
+from migperf import contamination, proof, proof_partitions
+from migperf.measuring import Result
+from migperf.proof_partitions import DEFAULT, MATCHED, WHOLE, Study
+from migperf.standing import Measured, interleave
+from migperf.sweeps import Cell
+from migperf.workloads import parse
+
+pytest.importorskip("matplotlib")
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Plain work in the place of a model, and no check for a quiet moment: the tests' machine may be busy."""
+    monkeypatch.setattr(proof_partitions, "MODEL", "sleep:3ms")
+    monkeypatch.setattr(proof_partitions, "_busy", lambda stage: "")
+
+
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # matplotlib and pyparsing among themselves
+def test_the_shortened_proof_measures_writes_and_decides_by_its_numbers(tmp_path, small):
+    code = proof.run_proof(tmp_path, [0], quick=True)
+    found = json.loads((tmp_path / "proof.json").read_text())
+    assert code == (0 if found["holds"] else 1)
+    assert len(found["claims"]) == 7
+    exact = [claim["holds"] for claim in found["claims"][:4]]
+    assert exact == [True] * 4, found["claims"]
+    assert "recommender.png" in found["pictures"]
+    assert {"throughput.png", "p99.png"} <= {path.name for path in tmp_path.glob("*.png")} or any(
+        "inconclusive" in claim["reason"] for claim in found["claims"]
+    )
+    assert {"migperf", "all 1g", "whole GPU"} <= set(found["methods"])
+    assert (tmp_path / "measured" / "records.jsonl").exists()
+    for claim in found["claims"][4:]:
+        assert not (claim["holds"] and "inconclusive" in claim["reason"])
+
+
+def test_on_a_busy_machine_nothing_is_measured_and_nothing_is_claimed(tmp_path, monkeypatch):
+    monkeypatch.setattr(contamination, "baseline", lambda *_: 2.0 * CORES)
+    assert proof.run_proof(tmp_path, [0], quick=True) == 1
+    found = json.loads((tmp_path / "proof.json").read_text())
+    measured = found["claims"][4:]
+    assert [claim["holds"] for claim in measured] == [False] * 3
+    assert all("contaminated" in claim["reason"] or "two cores" in claim["reason"] for claim in measured)
+    assert [claim["holds"] for claim in found["claims"][:3]] == [True] * 3
+
+
+def study(worker=None, **arms):
+    from made_records import record
+
+    def result(seed, rate, p99, contaminated=""):
+        return Result([record(repeat=seed, items_per_second=rate, contaminated=contaminated,
+                              latency_ms={"p50": 1.0, "p95": p99, "p99": p99})], {})  # fmt: skip
+
+    measured = {
+        name: Measured({seed: result(seed, *one) for seed, one in enumerate(values)})
+        for name, values in arms.items()
+    }
+    return Study("x", measured, [0, 1, 2], 2, worker)
+
+
+class Run:
+    def __init__(self):
+        self.claims = []
+
+    def claim(self, text, *, rule, holds, reason):
+        self.claims.append((holds, reason))
+
+    def note(self, text):
+        self.claims.append(text)
+
+    def detail(self, *_):
+        pass
+
+
+class Stage:
+    def __init__(self):
+        self.run = Run()
+
+
+def test_two_of_three_clean_repeats_are_needed_in_every_arm():
+    stage = Stage()
+    good = [(120.0, 10.0)] * 3
+    one_bad, two_bad = [(1.0, 1.0, "load"), *good[1:]], [(1.0, 1.0, "load")] * 2 + good[:1]
+    slow = [(100.0, 12.0)] * 3
+    proof_partitions._claim_small(stage, study(migperf=one_bad, **{WHOLE: slow}))
+    proof_partitions._claim_small(stage, study(migperf=good, **{WHOLE: two_bad}))
+    assert stage.run.claims[0][0] is True  # the contaminated repeat is left out
+    assert stage.run.claims[1][0] is False
+    assert "inconclusive: clean repeats" in stage.run.claims[1][1]
+    assert "load" in stage.run.claims[1][1]
+
+
+@pytest.mark.parametrize(("rate", "holds"), [(120.0, True), (91.0, True), (89.0, False), (39.0, False)])
+def test_the_honest_rival_may_tie_but_not_win_by_more_than_a_tenth(rate, holds, monkeypatch):
+    stage = Stage()
+    monkeypatch.setattr(Study, "pooled", lambda self, arm: {
+        "items_per_second": {"migperf": rate, DEFAULT: 40.0, MATCHED: 100.0}[arm],
+        "latency_ms": {"p99": {"migperf": 10.0, DEFAULT: 200.0, MATCHED: 10.0}[arm]},
+        "latency_interval_ms": {},
+    })  # fmt: skip
+    proof_partitions._claim_rival(
+        stage, study(**dict.fromkeys(("migperf", DEFAULT, MATCHED), [(1.0, 1.0)] * 3))
+    )
+    assert stage.run.claims[0][0] is holds
+
+
+def test_a_gain_that_does_not_shrink_is_reported_as_such():
+    stage = Stage()
+    small = study(migperf=[(120.0, 1.0)] * 3, **{WHOLE: [(100.0, 1.0)] * 3})
+    large = study(migperf=[(150.0, 1.0)] * 3, **{WHOLE: [(100.0, 1.0)] * 3})
+    proof_partitions._note_gain(stage, {1: small, 8: large})
+    assert "does not shrink" in stage.run.claims[0]
+
+
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+def test_standing_crews_measure_every_window_in_turn_and_stop_at_the_deadline():
+    from migperf.backends.cpu import CpuBackend
+
+    wanted = {"a": Cell("1c*2", (parse("sleep:3ms"),)), "b": Cell("2c", (parse("sleep:3ms"),), mode="whole")}
+    told = []
+    found = interleave(
+        CpuBackend(), wanted, duration=0.15, repeats=[0, 1], run_id="r", deadline=time.monotonic() + 60,
+        progress=told.append,
+    )  # fmt: skip
+    assert {name: sorted(one.results) for name, one in found.items()} == {"a": [0, 1], "b": [0, 1]}
+    records = [r for one in found.values() for result in one.results.values() for r in result.records]
+    assert {r.status for r in records} == {"ok"}
+    assert len({r.started for r in records}) >= 1
+    assert sorted(told) == ["a", "a", "b", "b", "start a", "start b"]
+    # each window is its own: the second repeat's requests are not the first one's
+    first, second = (found["b"].results[r] for r in (0, 1))
+    assert set(first.raws) != set(second.raws)
+    late = interleave(
+        CpuBackend(), wanted, duration=0.1, repeats=[0], run_id="r", deadline=time.monotonic() - 1
+    )
+    assert all(not one.results and one.dirty(0) for one in late.values())
