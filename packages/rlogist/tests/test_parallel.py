@@ -66,8 +66,6 @@ def test_jobs_below_one_are_refused():
         run_all(_work, [1], jobs=0)
 
 
-# Ray 2.55 tells every caller of a coming change about graphics cards. May go with that change.
-@pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")
 # Ray leaves its processes' output files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

@@ -55,10 +55,13 @@ def extract(
     """Extract features to HDF5, one file a slide; run again to go on where it was interrupted."""
     from rlogist.slide_jobs import Job, extract_slide
 
-    encoding = encoder.encoding(extractor, deep)
-    encoding.load()  # what is wrong with the extractor is wrong for every slide: said once, before any work
+    encoding = encoder.encoding(extractor, deep, folder.here)
+    if folder.here:
+        encoding.load()  # what is wrong with the extractor is wrong for every slide: said once, before work
     opening = opened.opening()
-    return _run_folder(extract_slide, slides, out, lambda path, to: Job(path, to, opening, encoding), folder)
+    return _run_folder(
+        extract_slide, slides, out, lambda path, to: Job(path, to, opening, encoding), folder, encoding.gpus
+    )
 
 
 @app.command("labels")
@@ -223,18 +226,21 @@ def predict(
 
     if rho is not None:
         check_rho(rho)
-    encoding = encoder.encoding(load_model(model).extractor_name)
-    opening = opened.opening(load_model(model, encoding).opening)
+    trained = load_model(model)
+    encoding = encoder.encoding(trained.extractor_name, here=folder.here)
+    if folder.here:
+        load_model(model, encoding)  # another encoder than the model's is told once
+    opening = opened.opening(trained.opening)
     job = partial(
         AgentJob,
         opening=opening,
         encoding=encoding,
-        model=model,
+        model=model.absolute(),
         rho=rho,
         strategy=strategy.value,
         report=html,
     )
-    return _run_folder(predict_slide, slides, out, job, folder)
+    return _run_folder(predict_slide, slides, out, job, folder, encoding.gpus)
 
 
 @app.command()
@@ -295,14 +301,14 @@ def prove(
     return run_proof(out, range(1 if quick and seeds == 3 else seeds), quick, jobs)
 
 
-def _run_folder(work: Any, slides: Path, out: Path, job: Any, folder: FolderOptions) -> int:
+def _run_folder(work: Any, slides: Path, out: Path, job: Any, folder: FolderOptions, gpus: float = 0) -> int:
     """Work on all slides, say what became of each, and give the exit code."""
     from rlogist.progress import counting
     from rlogist.slide_jobs import run_folder
 
     backend = "ray" if folder.backend is Backend.RAY else "process"
     with counting("slides") as report:
-        paths, done = run_folder(work, slides, out, job, folder.jobs, backend, report)
+        paths, done = run_folder(work, slides, out, job, folder.jobs, backend, report, gpus)
     for path, one in zip(paths, done, strict=True):
         if one.error is None:
             typer.echo(f"{path}: {one.result['status']}, {one.result['regions']} regions")

@@ -77,13 +77,20 @@ class EncoderOptions:
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, auto")] = "cpu"
     batch_size: Annotated[int, typer.Option(min=1, help="patches a forward pass")] = 32
 
-    def encoding(self, extractor: str, deep: bool = False) -> "Encoding":
-        """As the jobs take it."""
+    def encoding(self, extractor: str, deep: bool = False, here: bool = True) -> "Encoding":
+        """As the jobs take it.
+
+        Args:
+            extractor: Name for `load_extractor`.
+            deep: Whether regions are read at depth.
+            here: Whether work is done on this machine, and not on others that may have other devices.
+        """
         from rlogist.slide_jobs import Encoding
         from shared_core.command import usable_device
 
-        device = usable_device(self.device)
-        return Encoding(extractor, self.pretrained, self.weights, device, self.batch_size, deep)
+        device = usable_device(self.device) if here or self.device == "auto" else self.device
+        weights = None if self.weights is None else self.weights.absolute()
+        return Encoding(extractor, self.pretrained, weights, device, self.batch_size, deep)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,11 @@ class FolderOptions:
     backend: Annotated[Backend, typer.Option(help="ray: the cluster of `ray start`, extra [ray]")] = (
         Backend.PROCESS
     )
+
+    @property
+    def here(self) -> bool:
+        """Whether all work is done on this machine."""
+        return self.backend is Backend.PROCESS
 
 
 def with_options(command: Callable[..., Any]) -> Callable[..., Any]:

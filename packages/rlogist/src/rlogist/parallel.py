@@ -7,6 +7,7 @@ and what failed is told at the end.
 import multiprocessing
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -36,6 +37,7 @@ def run_all(
     jobs: int = 1,
     backend: Literal["process", "ray"] = "process",
     progress: Callable[[int, int], None] | None = None,
+    gpus: float = 0,
 ) -> list[Done]:
     """Do all tasks and say what became of each, in the order of `tasks`. None that fails stops the others.
 
@@ -43,8 +45,9 @@ def run_all(
         work: A function of a module (processes import it), called with one task.
         tasks: Its arguments; they and the results are sent between processes.
         jobs: Processes. With 1 (and `process`) the tasks are done in this process.
-        backend: `ray` uses the cluster that `ray.init()` finds, or starts one on this machine.
+        backend: `ray` uses a cluster that runs already, all of it; or else `jobs` processes of this machine.
         progress: Called with (tasks done, tasks in all).
+        gpus: How many a task needs; Ray places tasks by it, and hides GPUs from tasks that need none.
 
     Raises:
         InputError: `jobs` is below 1, or Ray is not installed.
@@ -52,7 +55,7 @@ def run_all(
     if jobs < 1:
         raise InputError("expected at least 1", field="jobs", value=jobs)
     if backend == "ray":
-        stream = _with_ray(work, tasks, jobs)
+        stream = _with_ray(work, tasks, jobs, gpus)
     elif jobs == 1 or len(tasks) < 2:
         stream = (attempt(work, index, task) for index, task in enumerate(tasks))
     else:
@@ -117,18 +120,23 @@ def _with_processes(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int)
                 yield Done(index, error="the process that worked on it died (out of memory, or a crash)")
 
 
-def _with_ray(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int) -> Iterator[Done]:
+def _with_ray(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, gpus: float) -> Iterator[Done]:
     try:
         import ray
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
         raise InputError("ray is not installed: pip install 'rlogist[ray]'") from error
     if not ray.is_initialized():
-        try:
-            ray.init(address="auto", log_to_driver=False)  # a cluster of `ray start`, here or in RAY_ADDRESS
-        except ConnectionError:
-            ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
-    remote = ray.remote(max_retries=1)(attempt)
+        with warnings.catch_warnings():
+            # Ray tells every caller of a coming change about GPUs, which tasks here ask for where needed.
+            warnings.filterwarnings(
+                "ignore", message="Tip: In future versions of Ray", category=FutureWarning
+            )
+            try:
+                ray.init(address="auto", log_to_driver=False)  # of `ray start`, here or in RAY_ADDRESS
+            except ConnectionError:
+                ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
+    remote = ray.remote(max_retries=1, num_gpus=gpus)(attempt)
     waiting = {remote.remote(work, index, task): index for index, task in enumerate(tasks)}
     while waiting:
         ready, _ = ray.wait(list(waiting), num_returns=1)

@@ -56,6 +56,11 @@ class Encoding:
     batch_size: int = 32
     deep: bool = False
 
+    @property
+    def gpus(self) -> int:
+        """How many GPUs a job needs."""
+        return int(self.device.startswith("cuda"))
+
     def load(self) -> Extractor:
         """The extractor; made once in each process."""
         key = (self.extractor, self.pretrained, self.weights, self.device, self.batch_size)
@@ -156,6 +161,7 @@ def run_folder(
     jobs: int = 1,
     backend: Literal["process", "ray"] = "process",
     progress: Callable[[int, int], None] | None = None,
+    gpus: float = 0,
 ) -> tuple[list[Path], list[Done]]:
     """Do the same with a slide or all slides under a folder; results mirror the folder's structure in `out`.
 
@@ -169,6 +175,7 @@ def run_folder(
         jobs: Processes.
         backend: As in `run_all`.
         progress: Called with (slides done, slides in all).
+        gpus: As in `run_all`.
 
     Returns:
         The slides, and what became of each.
@@ -182,8 +189,9 @@ def run_folder(
     names = [path.relative_to(root).with_suffix("") for path in paths]
     if len(set(names)) < len(names):  # a.svs beside a.tif
         names = [path.relative_to(root) for path in paths]
-    tasks = [job(path, out / name) for path, name in zip(paths, names, strict=True)]
-    done = run_all(work, tasks, jobs=jobs, backend=backend, progress=progress)
+    # Whole paths: processes of a cluster were started elsewhere.
+    tasks = [job(path.absolute(), out.absolute() / name) for path, name in zip(paths, names, strict=True)]
+    done = run_all(work, tasks, jobs=jobs, backend=backend, progress=progress, gpus=gpus)
     files.write_text(out / "slides.csv", _table(paths, done))
     return paths, done
 
