@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from hosted_models import images, randomize_masks, small_net
+from hosted_models import images, optimizer_for, randomize_masks, small_net, train
 from safetensors import safe_open
 from torch import nn
 
@@ -142,6 +144,31 @@ def test_a_loaded_model_computes_what_was_trained(tmp_path):
         found = csq.load(small_net(), tmp_path / "m.safetensors").eval()
     x, _ = images()
     assert torch.equal(final(x), found(x))
+
+
+@pytest.mark.filterwarnings("ignore:settled at")  # of two layers, none is small enough
+def test_integers_read_bit_by_bit_from_the_file_reproduce_a_trained_models_outputs_to_the_last_bit(tmp_path):
+    """By a reader that knows the format and none of the package's code: bits low first, offset, step."""
+    model = csq.parametrize(small_net(), 5)
+    x, _ = images()
+    train(model, optimizer_for(model), csq.Schedule(model, 2.5, 60, lam=0.3, on_miss="settle"), 60)
+    final = csq.harden(model, [x]).eval()
+    csq.save(final, tmp_path / "m.safetensors")
+    plain = small_net().eval()
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        description = json.loads(file.metadata()["csq"])
+    state = {key: value for key, value in tensors.items() if not key.startswith("csq.")}
+    rows = zip(description["layers"], tensors["csq.steps"], strict=True)
+    for (name, keys, shape, width, offset, _), step in rows:
+        bits = "".join(f"{byte:08b}"[::-1] for byte in tensors[f"csq.codes/{name}"].tolist())
+        found = [int(bits[i * width : (i + 1) * width][::-1] or "0", 2) for i in range(math.prod(shape))]
+        if (book := tensors.get(f"csq.codebook/{name}")) is not None:
+            found = [int(book[index]) for index in found]
+        codes = torch.tensor(found, dtype=torch.float32) + offset
+        state |= dict.fromkeys(keys, (codes * step).reshape(shape))
+    plain.load_state_dict(state)
+    assert torch.equal(plain(x), final(x))
 
 
 def test_a_weight_shared_with_a_skipped_layer_is_refused():

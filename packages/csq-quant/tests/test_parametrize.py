@@ -98,6 +98,21 @@ def test_transformers_gpt2_has_conv1d_layers_and_a_tied_head():
     assert counted == unique
 
 
+def test_weights_are_computed_once_a_block_under_torchs_own_cache():
+    """A layer that runs several times, as in a recurrent loop, need not add up its planes each time."""
+    layer = csq.parametrize(nn.Linear(4, 4), 3)
+    planes, x = csq.bit_layers(layer)["weight"], torch.randn(2, 4)
+    calls = []
+    planes.register_forward_hook(lambda *_: calls.append(1))
+    layer(layer(x)).sum().backward()
+    expected, count = planes.positive.grad.clone(), len(calls)
+    planes.zero_grad()
+    with nn.utils.parametrize.cached():
+        layer(layer(x)).sum().backward()
+    assert (count, len(calls) - count) == (2, 1)
+    torch.testing.assert_close(planes.positive.grad, expected)
+
+
 def test_transformers_vit():
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.ViTConfig(image_size=16, patch_size=8, **size)
