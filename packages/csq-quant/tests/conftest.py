@@ -17,7 +17,9 @@ import torch
 from shared_core import testing
 
 # Tests of killed runs and of several processes start theirs from one server, which imports torch once.
-get_context("forkserver").set_forkserver_preload(["csq.cli", "csq.runs", "csq.trainer", "torch.distributed"])
+get_context("forkserver").set_forkserver_preload(
+    ["csq.cli", "csq.runs", "csq.experiments", "torch.distributed"]
+)
 
 testing.check_annotations("csq")
 testing.hypothesis_profile()

@@ -57,6 +57,13 @@ def test_the_same_run_gives_the_same_outcome_in_another_process() -> None:
     assert [replace(o, seconds=0.0) for o in here] == [replace(o, seconds=0.0) for o in there]
 
 
+def test_runs_that_share_their_first_steps_give_what_they_give_alone() -> None:
+    runs = [Run("mixer", "hawq", point, 0, steps=8) for point in ("1.5 bits", "2 bits")]
+    together = experiments.execute_all(runs, workers=0)
+    alone = [experiments.execute(run) for run in runs]
+    assert [replace(o, seconds=0.0) for o in together] == [replace(o, seconds=0.0) for o in alone]
+
+
 def _outcome(method: str, bits: float, accuracy: float, seed: int = 0, point: str = "") -> Outcome:
     run = Run("resnet20", method, point or f"{bits:g} bits", seed)
     return Outcome(run, accuracy, accuracy, bits, bits + 1, int(1000 * bits), {}, [], 0.0)

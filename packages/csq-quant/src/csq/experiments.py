@@ -40,7 +40,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -64,7 +64,7 @@ from csq.methods import (
     UniformStage,
 )
 from csq.resnet import resnet20
-from csq.training import Recipe, bn_batches, train
+from csq.training import Recipe, Trained, bn_batches, train
 
 STEPS = 240
 TARGETS = (1.5, 2.0)
@@ -248,17 +248,50 @@ def recipe(run: Run) -> Recipe:
 
 def execute(run: Run) -> Outcome:
     """Train, harden, save and measure."""
-    method = methods(run.architecture)[run.method, run.point]
-    data, model = digits(run.seed, run.half), build(run.architecture, run.seed)
-    start = time.process_time()
-    with warnings.catch_warnings():
-        # What they say is measured here: the gap of hardening, and layers that would have lost all planes.
-        warnings.filterwarnings("ignore", message="hardened at temperature")
-        warnings.filterwarnings("ignore", message=".*the search kept fewer than min_bits")
-        trained = train(model, method, data, recipe(run))
-        seconds = time.process_time() - start
-        soft = top1(trained.model, data, data.test) if run.method == "csq" else None
-        hard = method.harden(trained.model, bn_batches(data, 64))
+    return execute_group([run])[0]
+
+
+def execute_group(runs: Sequence[Run]) -> list[Outcome]:
+    """Execute runs of one model, method and seed; float steps that they begin with are trained once.
+
+    So are HAWQ's traces estimated once: they are those of the model after the float steps. Outcomes are what
+    runs by themselves give.
+    """
+    outcomes: list[Outcome] = []
+    start, traces = None, None
+    for run in runs:
+        method = methods(run.architecture)[run.method, run.point]
+        if traces is not None:
+            method = _with_traces(method, traces)
+        data, model = digits(run.seed, run.half), build(run.architecture, run.seed)
+        begun = time.process_time()
+        with warnings.catch_warnings():
+            # What they say is measured here: the gap of hardening, and layers that would lose all planes.
+            warnings.filterwarnings("ignore", message="hardened at temperature")
+            warnings.filterwarnings("ignore", message=".*the search kept fewer than min_bits")
+            if start is None and len(runs) > 1 and len(method.stages) > 1:
+                first = build(run.architecture, run.seed)
+                start = train(first, method, data, recipe(run), stages=1).checkpoint
+            trained = train(model, method, data, recipe(run), start=start)
+            seconds = time.process_time() - begun
+            soft = top1(trained.model, data, data.test) if run.method == "csq" else None
+            hard = method.harden(trained.model, bn_batches(data, 64))
+        traces = trained.checkpoint.plans[-1].get("traces")
+        outcomes.append(_measured(run, trained, hard, data, soft, seconds))
+    return outcomes
+
+
+def _with_traces(method: Method, traces: dict[str, float]) -> Method:
+    stages = tuple(
+        replace(stage, traces=tuple(traces.values())) if isinstance(stage, HawqStage) else stage
+        for stage in method.stages
+    )
+    return replace(method, stages=stages)
+
+
+def _measured(
+    run: Run, trained: Trained, hard: nn.Module, data: ImageData, soft: float | None, seconds: float
+) -> Outcome:
     report = None if run.method == "fp32" else csq.report(hard)
     return Outcome(
         run,
@@ -308,27 +341,36 @@ def execute_all(
 ) -> list[Outcome]:
     """Execute runs in worker processes with one thread each; outcomes come in the order of the runs.
 
+    Runs of one model, method and seed are one worker's, and share the float steps that they begin with.
+
     Args:
         runs: What to do.
         workers: Processes; 0 does all in this one.
         progress: Called here with each outcome.
     """
+    groups: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        key = (run.architecture, run.method, run.seed, run.half, run.steps)
+        shared = CHOICES[run.architecture][run.method].first > 0
+        groups.setdefault(key if shared else (*key, run.point), []).append(run)
+    found: dict[Run, Outcome] = {}
+
+    def tell(outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            found[outcome.run] = outcome
+            if progress is not None:
+                progress(outcome)
+
     if not workers:
-        outcomes = []
-        for run in runs:
-            outcomes.append(execute(run))
-            if progress is not None:
-                progress(outcomes[-1])
-        return outcomes
-    context = multiprocessing.get_context("spawn")  # a forked process may inherit held locks of torch
-    with ProcessPoolExecutor(workers, context, _one_thread) as pool:
-        futures = [pool.submit(execute, run) for run in runs]
-        outcomes = []
-        for future in futures:
-            outcomes.append(future.result())
-            if progress is not None:
-                progress(outcomes[-1])
-    return outcomes
+        for group in groups.values():
+            tell(execute_group(group))
+    else:
+        # A process forked from this one may inherit held locks of torch; a server that forks holds none.
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(workers, context, _one_thread) as pool:
+            for future in as_completed([pool.submit(execute_group, group) for group in groups.values()]):
+                tell(future.result())
+    return [found[run] for run in runs]
 
 
 def select(

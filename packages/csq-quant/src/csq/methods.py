@@ -199,14 +199,32 @@ class RandomStage(UniformStage):
 
 @dataclass(frozen=True)
 class HawqStage(UniformStage):
-    """Bits of the least summed Hessian sensitivity at the target (HAWQ); then as `UniformStage`."""
+    """Bits of the least summed Hessian sensitivity at the target (HAWQ); then as `UniformStage`.
+
+    Args:
+        traces: Of the layers' Hessians, where another run with the same steps before this stage has them in
+            its plan; else they are estimated.
+    """
 
     target_bits: float = 2.0
+    traces: tuple[float, ...] | None = None
 
     def decide(self, model: nn.Module, batches: Batches, seed: int) -> Plan:
         """Estimate traces on training images and solve the integer program."""
-        inputs, labels = batches(SENSITIVITY_IMAGES)
         weights, choices = rivals.weights(model, self.skip), range(1, 9)
+        traces = self._estimate(model, weights, batches, seed) if self.traces is None else self.traces
+        traces = torch.as_tensor(traces)
+        counts = np.array([weight.numel() for weight in weights.values()], dtype=float)
+        chosen = rivals.cheapest_allocation(
+            rivals.sensitivities(list(weights.values()), traces, choices).numpy(),
+            counts[:, None] * np.array(choices, dtype=float),
+            self.target_bits * counts.sum(),
+        )
+        bits = {name: choices[choice] for name, choice in zip(weights, chosen, strict=True)}
+        return {"bits": bits, "traces": dict(zip(weights, traces.tolist(), strict=True))}
+
+    def _estimate(self, model: nn.Module, weights: dict[str, Tensor], batches: Batches, seed: int) -> Tensor:
+        inputs, labels = batches(SENSITIVITY_IMAGES)
         was_training = model.training
         model.eval()
         traces = rivals.hessian_traces(
@@ -216,14 +234,7 @@ class HawqStage(UniformStage):
             torch.Generator().manual_seed(seed),
         )
         model.train(was_training)
-        counts = np.array([weight.numel() for weight in weights.values()], dtype=float)
-        chosen = rivals.cheapest_allocation(
-            rivals.sensitivities(list(weights.values()), traces, choices).numpy(),
-            counts[:, None] * np.array(choices, dtype=float),
-            self.target_bits * counts.sum(),
-        )
-        bits = {name: choices[choice] for name, choice in zip(weights, chosen, strict=True)}
-        return {"bits": bits, "traces": dict(zip(weights, traces.tolist(), strict=True))}
+        return traces
 
 
 class _BsqHooks(Hooks):
@@ -242,7 +253,8 @@ class _BsqHooks(Hooks):
         if int(self.counter) % self.interval == 0 or int(self.counter) == self.steps:
             for layer in self.layers.values():
                 layer.requantize()
-                optimizer.state.pop(layer.planes, None)  # places have moved: old momentum is of other bits
+                for moment in optimizer.state.get(layer.planes, {}).values():
+                    moment.zero_()  # places have moved: old momentum is of other bits
 
     def record(self) -> dict[str, Any]:
         bits = {name: layer.bits for name, layer in self.layers.items()}
