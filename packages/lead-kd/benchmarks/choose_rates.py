@@ -1,6 +1,6 @@
 """Chooses the learning rates of the proof's methods on development queries; prints a table.
 
-Run `python packages/lead-kd/benchmarks/choose_rates.py [METHOD ...]`. The rates stand in `lead_kd.experiments`.
+Run `python packages/lead-kd/benchmarks/choose_rates.py [METHOD ...]`. They stand in `lead_kd.experiments`.
 """
 
 from __future__ import annotations

@@ -288,8 +288,8 @@ def train(
         with _bar("training") as progress:
             trained = jobs.train(
                 small, large, found, out, objective=objective.value, options=options, recipe=recipe,
-                batch_size=batch_size, negatives=negatives_per_query, co_train=co_train, resume=resume, dev=dev,
-                accelerator=accelerator, about=about, on_step=lambda done, _: progress(done, steps),
+                batch_size=batch_size, negatives=negatives_per_query, co_train=co_train, resume=resume,
+                dev=dev, accelerator=accelerator, about=about, on_step=lambda done, _: progress(done, steps),
             )  # fmt: skip
         if accelerator.is_main_process:
             _tell(trained, out)
@@ -301,8 +301,8 @@ def _tell(trained: Any, out: Path) -> None:
     typer.echo(f"step {last.get('step', 0)}: {words}")
     if last.get("peaked", 0) > 0.5:
         typer.echo(
-            f"warning: {last['peaked']:.0%} of the teacher's distributions are one candidate and nothing else, "
-            "so that its order of the others is lost; try --temperature above 1",
+            f"warning: {last['peaked']:.0%} of the teacher's distributions are one candidate and nothing "
+            "else, so that its order of the others is lost; try --temperature above 1",
             err=True,
         )
     for step, values in trained.evaluations.items():

@@ -359,7 +359,7 @@ def train(
 
 
 def teacher_layers_table(
-    teacher: DualEncoder, dev: DevSet, batch_size: int = 64
+    teacher: DualEncoder, dev: DevSet, measures: Sequence[str] = ("nDCG@10", "RR@10"), batch_size: int = 64
 ) -> list[tuple[int, dict[str, float]]]:
     """Measure what each of a teacher's layers would reach alone: what LEAD lives on."""
     from lead_kd.scorers import to_device, tokens_of
@@ -383,5 +383,5 @@ def teacher_layers_table(
     for layer in range(teacher.n_layers):
         found = search(queries[:, layer].numpy(), passages[:, layer].numpy(), 100)
         run = found.as_run(list(dev.queries), dev.ids)
-        table.append((layer + 1, measure(dev.qrels, run, ("RR@10", "nDCG@10")).mean))
+        table.append((layer + 1, measure(dev.qrels, run, measures).mean))
     return table

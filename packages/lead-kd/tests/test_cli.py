@@ -1,0 +1,165 @@
+"""The command: a user's folder from mining to measures, bad input in one line, help without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_readme import a_users_folder
+
+from lead_kd import cli
+from lead_kd.embeddings import encode_corpus, load_embeddings
+from lead_kd.jobs import load_dual_encoder
+from lead_kd.readers import load_data
+from shared_core import InputError, testing
+
+
+def run(*arguments):
+    return testing.exit_code(cli.app, *arguments)
+
+
+TRAIN = (
+    "train", "--data", "my-data", "--student", "my-teacher", "--teacher", "my-teacher", "--device", "cpu",
+    "--batch-size", "4", "--lr", "1e-3",
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    a_users_folder(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def test_training_with_a_cache_a_dev_split_and_resuming(folder, capsys):
+    options = (
+        *TRAIN, "--keep-layers", "0,1", "--cache", "cache", "--dev-split", "dev", "--evaluate-every", "2",
+        "--checkpoint-every", "2", "--out", "run",
+    )  # fmt: skip
+    assert run(*options, "--steps", "4") == 0, capsys.readouterr().err
+    assert {"student", "best", "checkpoint.safetensors", "history.jsonl", "dev.json"} <= {
+        path.name for path in Path("run").iterdir()
+    }
+    assert list(json.loads(Path("run/dev.json").read_text())) == ["2", "4"]
+    assert run(*options, "--steps", "4") == 2
+    assert "holds a run already: go on with --resume" in capsys.readouterr().err
+    assert run(*options, "--steps", "4", "--resume", "--objective", "response") == 2
+    assert "objective: the run began with 'Lead'" in capsys.readouterr().err
+    assert run(*options, "--steps", "4", "--resume") == 0
+
+
+def test_co_training_saves_the_teacher_too(folder):
+    assert run(*TRAIN, "--co-train", "--steps", "2", "--out", "run") == 0
+    before, after = (
+        load_dual_encoder(name, "cpu").encode(["the moon"]) for name in ("my-teacher", "run/teacher")
+    )
+    assert not np.allclose(before, after)
+
+
+def test_shards_are_encoded_apart_and_an_interrupted_one_is_gone_on_with(folder, monkeypatch):
+    import lead_kd.embeddings as embeddings
+
+    for shard in range(3):
+        part = ("--out", "vectors", "--shard", shard, "--shards", 3, "--precision", "float32")
+        assert run("encode", "--data", "my-data", "--model", "my-teacher", "--device", "cpu", *part) == 0
+    whole = np.concatenate(load_embeddings("vectors").parts)
+    model, corpus = load_dual_encoder("my-teacher", "cpu"), load_data("my-data", "test").corpus
+    np.testing.assert_allclose(whole, model.encode(list(corpus)), rtol=1e-4, atol=1e-5)
+
+    monkeypatch.setattr(embeddings, "_BLOCK", 7)
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        if done >= 21:
+            raise Stop
+
+    with pytest.raises(Stop):
+        encode_corpus(model, corpus, "broken", precision="float32", progress=stop)
+    with pytest.raises(InputError, match="is missing: encode shard 0 of 1"):
+        load_embeddings("broken")
+    begun = []
+    encode_corpus(
+        model, corpus, "broken", precision="float32", progress=lambda done, total: begun.append(done)
+    )
+    assert begun[0] == 28
+    np.testing.assert_array_equal(np.concatenate(load_embeddings("broken").parts), model.encode(list(corpus)))
+
+
+def test_runs_are_compared_query_by_query(folder, capsys):
+    assert run("encode", "--data", "my-data", "--model", "my-teacher", "--out", "v", "--device", "cpu") == 0
+    search = ("search", "--data", "my-data", "--model", "my-teacher", "--embeddings", "v", "--device", "cpu")
+    assert run(*search, "--out", "exact.run") == 0
+    assert run(*search, "--out", "faiss.run", "--faiss", "Flat", "--k", "60") == 0
+    assert (
+        run("evaluate", "exact.run", "faiss.run", "--qrels", "my-data/qrels/test.tsv", "--out", "m.json") == 0
+    )
+    runs = json.loads(Path("m.json").read_text())["runs"]
+    assert len(runs["exact.run"]["per_query"]["RR@10"]) == 40
+    assert set(runs["faiss.run"]["against_first"]["nDCG@10"]) >= {"difference", "low", "high", "p_value"}
+    assert "exact.run" in capsys.readouterr().out
+    assert run("encode", "--data", "my-data", "--model", "bert", "--out", "other", "--device", "cpu") == 0
+    assert run("search", "--data", "my-data", "--model", "my-teacher", "--embeddings", "other", "--out", "x",
+               "--device", "cpu") == 2  # fmt: skip
+    assert "other: holds vectors of another model than my-teacher" in capsys.readouterr().err
+
+
+NO_STUDENT = ("train", "--data", "my-data", "--student", "nothing-here", "--teacher", "my-teacher")
+NO_DATA = ("train", "--data", "none", "--student", "my-teacher", "--teacher", "my-teacher", "--out", "r")
+SEARCH = ("search", "--data", "my-data", "--model", "my-teacher", "--embeddings", "none", "--out", "x")
+QRELS = "my-data/qrels/test.tsv"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (NO_DATA, "none: is not a folder"),
+        (
+            ("train", "--data", "my-data", "--student", "my-teacher", "--out", "r"),
+            "--teacher: --objective lead needs one",
+        ),
+        ((*TRAIN, "--out", "r", "--keep-layers", "a,b"), "--keep-layers: expected numbers like 1,3,5"),
+        ((*TRAIN, "--out", "r", "--keep-layers", "1,9"), "keep: expected rising layers from 0 to 3"),
+        (
+            (*TRAIN, "--out", "r", "--pairs", "9"),
+            "expected 1 to 4: the teacher has 4 layers and the student 4",
+        ),
+        ((*TRAIN, "--out", "r", "--temperature", "0"), "--temperature: expected a number above 0"),
+        (
+            (*TRAIN, "--out", "r", "--cache", "c", "--co-train"),
+            "a teacher in a cache neither trains nor runs",
+        ),
+        ((*TRAIN, "--out", "r", "--batch-size", "41"), "expected at least the 41 queries of a step"),
+        ((*TRAIN, "--out", "r", "--split", "nix"), "nix.tsv: there is no such file"),
+        ((*NO_STUDENT, "--device", "cpu", "--out", "r"), "model: cannot be loaded"),
+        (SEARCH, "none: holds no embeddings"),
+        (("evaluate", "none.run", "--qrels", QRELS), "none.run: No such file"),
+        (("evaluate", QRELS, "--qrels", QRELS), "line 1: expected query, Q0"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, arguments, message):
+    assert run(*arguments) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(err) == 1
+    assert message in err[0]
+
+
+def test_help_and_wrong_options_import_neither_torch_nor_transformers():
+    code = (
+        "import sys, lead_kd.cli as c\nfrom shared_core import command\n"
+        "try:\n command.run(c.app, sys.argv[1:])\nexcept SystemExit as end:\n"
+        " print(end.code, sorted({'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)))"
+    )
+    for arguments, expected in (
+        (["train", "--help"], "0 []"),
+        (["train", "--nix"], "2 []"),
+        (["prove", "--seeds", "0"], "2 []"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == expected

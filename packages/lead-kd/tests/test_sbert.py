@@ -1,0 +1,147 @@
+"""LEAD in sentence-transformers' own Trainer, with a teacher that has another tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from tiny_models import PASSAGES, QUERIES, cross_encoder, dual_encoder, save_bert, save_distilbert
+
+from lead_kd.cache import CachedTeacher, build_cache
+from lead_kd.losses import lead_loss
+from lead_kd.objectives import Contrastive
+from lead_kd.sbert import LeadDataCollator, LeadLoss, follow_steps
+from lead_kd.scorers import CrossEncoderScorer, DualEncoder
+from shared_core import InputError
+
+ROWS = {
+    "query": QUERIES,
+    "positive": PASSAGES[::2],
+    "negative": PASSAGES[1::2],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return (
+        save_bert(root / "student", layers=2),
+        save_distilbert(root / "teacher"),
+        save_bert(root / "cross", layers=3, classifier=True),
+    )
+
+
+def batch_of(model, rows=ROWS):
+    collator = LeadDataCollator(model.preprocess)
+    names = list(rows)
+    batch = collator([dict(zip(names, row, strict=True)) for row in zip(*rows.values(), strict=True)])
+    return [
+        {key.removeprefix(f"{name}_"): value for key, value in batch.items() if key.startswith(f"{name}_")}
+        for name in names
+    ]
+
+
+def test_the_loss_of_a_batch_is_that_of_the_plain_functions(folders):
+    model = dual_encoder(folders[0], "mean", normalize=True).eval()
+    teacher = DualEncoder(dual_encoder(folders[1]).eval())
+    loss = LeadLoss(model, teacher, pairs=2, layer_temperature=2.0)
+    found = loss(batch_of(model))
+    student = DualEncoder(model)
+    with torch.no_grad():
+        scores, told = (one(one.collate(QUERIES, PASSAGES)) for one in (student, teacher))
+    terms = lead_loss(
+        scores.layers, told.layers, torch.arange(0, 8, 2), loss.schedule.pairs(0), layer_temperature=2.0,
+        student_final=scores.final, teacher_final=told.final,
+    )  # fmt: skip
+    assert found.item() == pytest.approx(terms.total.item(), rel=1e-5)
+    assert loss.log["lyr"] == pytest.approx(terms.lyr.item(), rel=1e-4)
+
+
+def test_copies_and_other_positives_of_the_same_query_are_no_candidates(folders):
+    model = dual_encoder(folders[0]).eval()
+    rows = {
+        "query": ["a", "a", "the"],
+        "positive": ["moon", "star", "cat"],
+        "negative": ["cat", "iron", "iron"],
+    }
+    loss = LeadLoss(model, DualEncoder(dual_encoder(folders[1]).eval()), objective=Contrastive())
+    found = loss(batch_of(model, rows))
+    with torch.no_grad():
+        scorer = DualEncoder(model)
+        scores = scorer(scorer.collate(rows["query"], ["moon", "cat", "star", "iron", "cat", "iron"])).final
+    # Of query 1 and 2 "moon" and "star" are positives; "cat" in column 4 and "iron" in column 5 are copies.
+    kept = [[0, 1, 3], [1, 2, 3], [0, 2, 3, 4]]
+    target = [0, 1, 3]
+    expected = (
+        -sum(
+            scores[row, columns].log_softmax(0)[at]
+            for row, (columns, at) in enumerate(zip(kept, target, strict=True))
+        )
+        / 3
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_cross_encoder_teaches_too(folders):
+    model = dual_encoder(folders[0])
+    loss = LeadLoss(model, CrossEncoderScorer(cross_encoder(folders[2])))
+    loss(batch_of(model)).backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+def arguments(tmp_path, steps, **more):
+    return SentenceTransformerTrainingArguments(
+        str(tmp_path), max_steps=steps, per_device_train_batch_size=4, report_to="none", use_cpu=True,
+        save_steps=2, logging_steps=1, disable_tqdm=True, learning_rate=1e-3, seed=1, **more,
+    )  # fmt: skip
+
+
+def test_the_trainer_trains_only_the_student_and_draws_pairs_anew(folders, tmp_path):
+    model = dual_encoder(folders[0], "mean", normalize=True)
+    teacher = DualEncoder(dual_encoder(folders[1]))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    loss = LeadLoss(model, teacher, pairs=1, every=1)
+    assert loss.schedule.pairs(0) != loss.schedule.pairs(3)  # else nothing would be seen below
+    trainer = SentenceTransformerTrainer(
+        model, arguments(tmp_path, 4), Dataset.from_dict(ROWS), loss=loss,
+        data_collator=LeadDataCollator(model.preprocess),
+    )  # fmt: skip
+    follow_steps(trainer, loss)
+    trainer.train()
+    assert loss.step == 3
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert any(not torch.equal(start[name], value) for name, value in model.state_dict().items())
+    logged = [record for record in trainer.state.log_history if "loss" in record]
+    assert all("lead_lyr" in record for record in logged)
+    trainer.save_model(str(tmp_path / "saved"))
+    from sentence_transformers import SentenceTransformer
+
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    torch.testing.assert_close(
+        torch.from_numpy(loaded.encode(QUERIES)),
+        torch.from_numpy(model.encode(QUERIES)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert not loaded[0].model.config.output_hidden_states
+
+
+def test_a_cache_teaches_in_the_trainer(folders, tmp_path):
+    model = dual_encoder(folders[0])
+    teacher = DualEncoder(dual_encoder(folders[1]).eval())
+    cache = build_cache(teacher, tmp_path / "cache", QUERIES, PASSAGES)
+    live, read = (LeadLoss(model, one, layer_temperature=1.0) for one in (teacher, CachedTeacher(cache)))
+    model.eval()
+    assert read(batch_of(model)).item() == pytest.approx(live(batch_of(model)).item(), rel=2e-2)
+
+
+def test_without_the_collator_the_error_says_what_to_give(folders):
+    model = dual_encoder(folders[0])
+    loss = LeadLoss(model, DualEncoder(dual_encoder(folders[1])))
+    features = [{k: v for k, v in part.items() if k != "lead_text"} for part in batch_of(model)]
+    with pytest.raises(InputError, match="give the trainer data_collator=LeadDataCollator"):
+        loss(features)
+    with pytest.raises(InputError, match="expected a query column and a positive column"):
+        loss(batch_of(model)[:1])
