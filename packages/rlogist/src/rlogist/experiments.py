@@ -62,7 +62,10 @@ NETWORKS = Architecture(
 class Sizes:
     """How large the proof is.
 
-    Settings were chosen on slides of other seeds (51) than the proof's, before the proof's were made.
+    Settings were chosen on slides of other seeds than the proof's, before the proof's were made.
+
+    Args:
+        starts: Initial weights of stage A that validation slides choose from.
     """
 
     slides: int = 72
@@ -142,8 +145,8 @@ def extract_one(task: tuple[Path, Path]) -> None:
 class Split:
     """Slides of each side, by number; no patient is on two sides.
 
-    Training slides train; validation slides choose stage A's epoch (and each rival classifier's); test slides
-    are judged once, after the last update.
+    Training slides train; validation slides choose stage A's start and epoch (and rival classifiers' epoch);
+    test slides are judged once, after the last update.
     """
 
     train: list[int]

@@ -52,8 +52,8 @@ def run_proof(out: Path, seeds: Sequence[int], quick: bool, jobs: int = 2) -> in
         "generator": f"demo-slides, seed {DATA_SEED}, two slides a patient",
         "splits": (
             f"by patient, about {', '.join(f'{part:.0%} {name}' for name, part in SHARES.items())}, another "
-            "for each seed; validation slides choose the epoch of stage A and of the classifiers of all "
-            "regions, nothing else is chosen by data; test slides are judged after the last update"
+            "for each seed; validation slides choose stage A's start and epoch, and the epoch of classifiers "
+            "of all regions, nothing else is chosen by data; test slides are judged after the last update"
         ),
         "tuning": "hyperparameters and world were chosen on slides of another generator seed",
         "real slide": "CMU-1 crop (Aperio .svs, one level) as it is, and a pyramid of its pixels",
@@ -231,6 +231,8 @@ def _draw(run: ProofRun, numbers: list[Numbers], sizes: Sizes) -> None:
         axis.bar(place, fmean(values), color=colour, alpha=0.6)
         axis.plot([place] * len(values), values, "k.", ms=6)
     axis.axhline(0.5, color="#666666", lw=0.8)
-    axis.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=8)
+    axis.set_xticks(
+        range(len(arms)), [arm.replace(" ", "\n").replace("-", "-\n") for arm in arms], fontsize=8
+    )
     axis.set(ylim=(0, 1.02), ylabel="AUC")
     save(picture, run.picture("auc"))
