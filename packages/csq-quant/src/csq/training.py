@@ -262,10 +262,13 @@ class _Run:
         self.plans.append(plan)
         self.hooks = stage.install(self.model, plan, self.ends[index] - self.begins[index])
         groups = param_groups(self.model, self.recipe.weight_decay)
+        fused = self.device.type in ("cpu", "cuda")  # one pass over memory; bit planes are many parameters
         if self.recipe.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, lr=self.recipe.lr, momentum=self.recipe.momentum)
+            self.optimizer = torch.optim.SGD(
+                groups, lr=self.recipe.lr, momentum=self.recipe.momentum, fused=fused
+            )
         else:
-            self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, fused=fused)
 
     def _train_step(self, index: int) -> float:
         recipe, optimizer, begin, end = self.recipe, self.optimizer, self.begins[index], self.ends[index]
