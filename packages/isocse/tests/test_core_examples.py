@@ -5,8 +5,13 @@ import importlib
 
 import pytest
 
+MODULES = (
+    "analysis", "corpus", "cosines", "dimensions", "dynamics", "embedded", "isotropy", "postprocess",
+    "streams", "sweep", "types",
+)  # fmt: skip
 
-@pytest.mark.parametrize("module", ["cosines", "dimensions", "isotropy", "postprocess", "streams"])
+
+@pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples(module):
     found = importlib.import_module(f"isocse.{module}")
     outcome = doctest.testmod(found, extraglobs={"torch": importlib.import_module("torch")})

@@ -91,7 +91,7 @@ class GeometryCallback(TrainerCallback):
         if self.path is not None and state.global_step:
             self.history = [row for row in read_history(self.path) if row["step"] <= state.global_step]
             self._write()
-        if not self.history:
+        if not self.history and state.global_step in self.steps:
             self._measure(state.global_step, given["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:

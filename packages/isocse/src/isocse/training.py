@@ -220,7 +220,9 @@ def sentence_transformer(base: str | Path, recipe: Recipe) -> Any:
         transformer.auto_model.embeddings.requires_grad_(False)
     mode: Any = _POOLING_MODES[recipe.pooling]
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)
-    return SentenceTransformer(modules=[transformer, pooling], device=usable_device(recipe.device))
+    model = SentenceTransformer(modules=[transformer, pooling], device=usable_device(recipe.device))
+    model.model_card_data.generate_widget_examples = False  # texts of the training data, chosen at random
+    return model
 
 
 def _masked(
