@@ -339,15 +339,20 @@ def test_ctrl_c_in_a_sweep_keeps_finished_cells_and_ends_with_130(tmp_path):
     environment = {**os.environ, "MIGPERF_STATE": str(tmp_path / "state")}
     sweep = ["sweep", "--out", str(tmp_path / "out"), "--geometry", "1c", "--workload", "sleep:2ms"]
     often = ["--duration", "0.2", "--repeats", "500"]
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from migperf.cli import main; main()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", "from migperf.cli import main; main()", *sweep, *often],
+        [sys.executable, "-c", code, *sweep, *often],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     path, limit = Path(tmp_path, "out", "records.jsonl"), time.monotonic() + 120
     while not (path.exists() and path.stat().st_size) and time.monotonic() < limit:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.strip().endswith("error: interrupted")
     assert records.read(path)

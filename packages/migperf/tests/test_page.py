@@ -60,7 +60,8 @@ def test_a_way_of_sharing_stands_beside_the_whole_device():
         record(cell="p", worker=w, workers=7, geometry=",".join(f"1g.5gb@{i}" for i in range(7)),
                items_per_second=50.0) for w in range(7)
     ]  # fmt: skip
-    (one,) = summaries.comparisons(summaries.rows([whole, *parts]))
+    alone = record(cell="a", items_per_second=100.0)  # as fast as the whole, and yet not the whole
+    (one,) = summaries.comparisons(summaries.rows([alone, whole, *parts]))
     assert one.gain == 3.5
     assert one.whole.geometry == "7g.40gb@0"
     assert "3.50" in page.render([whole, *parts])

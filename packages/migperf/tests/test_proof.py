@@ -5,13 +5,15 @@ import os
 import time
 
 import pytest
+from rich.progress import Progress
 
 from migperf import contamination, proof, proof_partitions
 from migperf.measuring import Result
-from migperf.proof_partitions import DEFAULT, MATCHED, WHOLE, Study
+from migperf.proof_partitions import DEFAULT, MATCHED, WHOLE, Stage, Study
 from migperf.standing import Measured, interleave
 from migperf.sweeps import Cell
 from migperf.workloads import parse
+from shared_core.proof import ProofRun
 
 pytest.importorskip("matplotlib")
 CORES = len(os.sched_getaffinity(0))
@@ -21,6 +23,7 @@ CORES = len(os.sched_getaffinity(0))
 def small(monkeypatch):
     """Plain work in the place of a model, and no check for a quiet moment: the tests' machine may be busy."""
     monkeypatch.setattr(proof_partitions, "MODEL", "sleep:3ms")
+    monkeypatch.setattr(proof, "QUICK_BUDGET", 600.0)
     monkeypatch.setattr(proof_partitions, "_busy", lambda stage: "")
 
 
@@ -67,41 +70,30 @@ def study(worker=None, **arms):
     return Study("x", measured, [0, 1, 2], 2, worker)
 
 
-class Run:
-    def __init__(self):
-        self.claims = []
-
-    def claim(self, text, *, rule, holds, reason):
-        self.claims.append((holds, reason))
-
-    def note(self, text):
-        self.claims.append(text)
-
-    def detail(self, *_):
-        pass
+@pytest.fixture
+def stage(tmp_path):
+    run = ProofRun(package="migperf", version="0", source="", data="", seeds=[0, 1, 2], out=tmp_path)
+    return Stage(run, [0, 1, 2], False, Progress(), 0.0)
 
 
-class Stage:
-    def __init__(self):
-        self.run = Run()
+def claims(stage):
+    return [(claim.holds, claim.reason) for claim in stage.run._claims]
 
 
-def test_two_of_three_clean_repeats_are_needed_in_every_arm():
-    stage = Stage()
+def test_two_of_three_clean_repeats_are_needed_in_every_arm(stage):
     good = [(120.0, 10.0)] * 3
     one_bad, two_bad = [(1.0, 1.0, "load"), *good[1:]], [(1.0, 1.0, "load")] * 2 + good[:1]
     slow = [(100.0, 12.0)] * 3
     proof_partitions._claim_small(stage, study(migperf=one_bad, **{WHOLE: slow}))
     proof_partitions._claim_small(stage, study(migperf=good, **{WHOLE: two_bad}))
-    assert stage.run.claims[0][0] is True  # the contaminated repeat is left out
-    assert stage.run.claims[1][0] is False
-    assert "inconclusive: clean repeats" in stage.run.claims[1][1]
-    assert "load" in stage.run.claims[1][1]
+    assert claims(stage)[0][0] is True  # the contaminated repeat is left out
+    assert claims(stage)[1][0] is False
+    assert "inconclusive: clean repeats" in claims(stage)[1][1]
+    assert "load" in claims(stage)[1][1]
 
 
 @pytest.mark.parametrize(("rate", "holds"), [(120.0, True), (91.0, True), (89.0, False), (39.0, False)])
-def test_the_honest_rival_may_tie_but_not_win_by_more_than_a_tenth(rate, holds, monkeypatch):
-    stage = Stage()
+def test_the_honest_rival_may_tie_but_not_win_by_more_than_a_tenth(stage, rate, holds, monkeypatch):
     monkeypatch.setattr(Study, "pooled", lambda self, arm: {
         "items_per_second": {"migperf": rate, DEFAULT: 40.0, MATCHED: 100.0}[arm],
         "latency_ms": {"p99": {"migperf": 10.0, DEFAULT: 200.0, MATCHED: 10.0}[arm]},
@@ -110,15 +102,14 @@ def test_the_honest_rival_may_tie_but_not_win_by_more_than_a_tenth(rate, holds, 
     proof_partitions._claim_rival(
         stage, study(**dict.fromkeys(("migperf", DEFAULT, MATCHED), [(1.0, 1.0)] * 3))
     )
-    assert stage.run.claims[0][0] is holds
+    assert claims(stage)[0][0] is holds
 
 
-def test_a_gain_that_does_not_shrink_is_reported_as_such():
-    stage = Stage()
+def test_a_gain_that_does_not_shrink_is_reported_as_such(stage):
     small = study(migperf=[(120.0, 1.0)] * 3, **{WHOLE: [(100.0, 1.0)] * 3})
     large = study(migperf=[(150.0, 1.0)] * 3, **{WHOLE: [(100.0, 1.0)] * 3})
     proof_partitions._note_gain(stage, {1: small, 8: large})
-    assert "does not shrink" in stage.run.claims[0]
+    assert "does not shrink" in stage.run._notes[0]
 
 
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")

@@ -89,14 +89,14 @@ def estimated(job: InferenceJob, batch: int, throughput: float) -> float:
 
     step = 1000 * batch / throughput
 
-    def excess(u: float) -> float:
-        return max(2 * step, step + step / batch / 2 / (1 - u) * max(0.0, math.log(max(u, 1e-12) / 0.01)))
+    def late(u: float) -> float:
+        return step + step / batch / 2 / (1 - u) * max(0.0, math.log(max(u, 1e-12) / 0.01)) - job.slo_ms
 
-    if 2 * step > job.slo_ms:
+    if 2 * step > job.slo_ms:  # an item that just misses a step waits for it
         return 0.0
-    if excess(0.8) <= job.slo_ms:
+    if late(0.8) <= 0:
         return 0.8 * throughput
-    root: Any = brentq(lambda u: excess(u) - job.slo_ms, 0.0, 0.8, xtol=1e-13)
+    root: Any = brentq(late, 0.0, 0.8, xtol=1e-13)
     return throughput * root
 
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1240p
   color: #1b1f24 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3em .7em; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top }
+td { white-space: nowrap } td.l { white-space: normal; min-width: 5em } td.l small { white-space: normal }
+th, td { padding: .3em .6em; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top }
 th { background: #f4f6f8 } td.l, th.l { text-align: left } small { color: #57606a }
 .mark { background: #fff3cd; border: 1px solid #e0c766; padding: .6em 1em }
 .bad { color: #9a3412 } img { max-width: 100%; height: auto } ul { padding-left: 1.2em }
@@ -67,9 +69,9 @@ def marked(path: Path) -> Path:
 
 def render(records: Sequence[Record], folder: str | os.PathLike[str] | None = None) -> str:
     """Return the page's HTML."""
-    found = summaries.rows(records, folder)
+    found = sorted(summaries.rows(records, folder), key=_order)
     simulated = any(record.simulated for record in records)
-    devices = ", ".join(dict.fromkeys(record.device for record in records))
+    devices = ", ".join(dict.fromkeys(record.device.removesuffix(" (simulated)") for record in records))
     title = f"migperf: {devices}" + (" (SIMULATED)" if simulated else "")
     parts = [f"<h1>{_text(title)}</h1>", _banner(records, simulated), _cells(found)]
     compared = summaries.comparisons(found)
@@ -79,6 +81,12 @@ def render(records: Sequence[Record], folder: str | os.PathLike[str] | None = No
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>'
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f"{head}{view}<style>{STYLE}</style>{''.join(parts)}</html>\n"
+
+
+def _order(row: Row) -> tuple[str, str, int, str, int, str, str]:
+    """Sort by what is done, then by how many share the device: sweeps measure in a random order."""
+    sharers = row.workers + row.neighbours
+    return row.device, row.workload, row.batch, row.load, sharers, row.geometry, row.mode
 
 
 def _text(value: object) -> str:
@@ -107,7 +115,7 @@ Column = tuple[str, Callable[[Row], str], bool]
 
 COLUMNS: tuple[Column, ...] = (
     ("sharing", lambda row: _where(row), True),
-    ("workload", lambda row: _text(row.workload), True),
+    ("workload", lambda row: _what(row.workload), True),
     ("batch", lambda row: str(row.batch), False),
     ("load", lambda row: _text(row.load), True),
     ("items/s<br><small>median (range)</small>", lambda row: _rate(row), False),
@@ -140,8 +148,19 @@ def _table(columns: Sequence[tuple[str, Callable[[Any], str], bool]], found: Ite
 
 
 def _where(row: Row) -> str:
-    beside = f" <small>beside {row.neighbours} others</small>" if row.neighbours else ""
-    return _text(row.label) + beside + (" <small>simulated</small>" if row.simulated else "")
+    others = f"{row.neighbours} other{'s' if row.neighbours > 1 else ''}"
+    beside = f" <small>beside {others}</small>" if row.neighbours else ""
+    return _breakable(row.label) + beside + (" <small>simulated</small>" if row.simulated else "")
+
+
+def _breakable(label: str) -> str:
+    return _text(label).replace(",", ",<wbr>")
+
+
+def _what(workload: str) -> str:
+    """Return a workload with its options in small print."""
+    name, mode, *options = workload.split()
+    return f"{_text(name)} {_text(mode)}<br><small>{_text(', '.join(options))}</small>"
 
 
 def _rate(row: Row) -> str:
@@ -149,7 +168,7 @@ def _rate(row: Row) -> str:
         return ", ".join(f"{_text(status)}" for status in row.statuses)
     low, high = row.span or (row.items_per_second, row.items_per_second)
     mark = "" if set(row.statuses) <= {"ok"} else f" <small>{_text(', '.join(row.statuses))}</small>"
-    return f"{row.items_per_second:.4g} <small>({low:.4g} to {high:.4g})</small>{mark}"
+    return f"{row.items_per_second:.4g}{mark}<br><small>{low:.4g} to {high:.4g}</small>"
 
 
 def _percentile(row: Row, name: str) -> str:
@@ -157,7 +176,7 @@ def _percentile(row: Row, name: str) -> str:
     if value is None:
         return "–"
     interval = row.interval_ms.get(name) if name == "p99" else None
-    return f"{value:.4g}" + (f" <small>({interval[0]:.4g} to {interval[1]:.4g})</small>" if interval else "")
+    return f"{value:.4g}" + (f"<br><small>{interval[0]:.4g} to {interval[1]:.4g}</small>" if interval else "")
 
 
 def _number(value: float | None, form: str = ".3g") -> str:
@@ -178,13 +197,13 @@ def _clean(row: Row) -> str:
 
 def _sharing(compared: Sequence[Comparison]) -> str:
     columns: Sequence[tuple[str, Callable[[Comparison], str], bool]] = (
-        ("sharing", lambda one: _text(one.row.label), True),
-        ("workload", lambda one: _text(one.row.workload), True),
+        ("sharing", lambda one: _breakable(one.row.label), True),
+        ("workload", lambda one: _what(one.row.workload), True),
         ("batch", lambda one: str(one.row.batch), False),
         ("load", lambda one: _text(one.row.load), True),
         ("throughput ÷ whole", lambda one: _number(one.gain, ".2f"), False),
         ("p99 ÷ whole", lambda one: _number(one.p99_ratio, ".2f"), False),
-        ("whole", lambda one: _text(one.whole.label), True),
+        ("whole", lambda one: _breakable(one.whole.label), True),
     )
     return f"<h2>Sharing beside one worker on all of it</h2>{_table(columns, compared)}"
 
@@ -269,25 +288,33 @@ def _panel(
     middles = [value for _, (value, _, _) in values]
     errors = [[max(0.0, low) for _, (_, low, _) in values], [max(0.0, high) for _, (_, _, high) in values]]
     axis.barh(places, middles, xerr=errors, color=colours, alpha=0.75, error_kw={"lw": 1.2})
-    labels = [row.label + ("" if row.clean else "\n(contaminated)") for row, _ in values]
-    axis.set_yticks(places, [_wrapped(label) for label in labels], fontsize=8)
+    labels = [_counted(row) + ("" if row.clean else "\n(contaminated)") for row, _ in values]
+    axis.set_yticks(places, labels, fontsize=8)
     axis.invert_yaxis()
     axis.set_title(name, fontsize=9)
     axis.set_xlabel(unit, fontsize=9)
     reach = max((value + high for value, (_, high) in zip(middles, zip(*errors, strict=True), strict=True)))
     axis.set_xlim(0, reach * 1.18)
     for place, (value, _, high) in zip(places, (one for _, one in values), strict=True):
-        axis.text(value + high + reach * 0.01, place, f"{value:.3g}", va="center", fontsize=8)
+        axis.text(
+            value + high + reach * 0.01,
+            place,
+            f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
+            va="center",
+            fontsize=8,
+        )
 
 
 def _short(workload: str) -> str:
     return " + ".join(" ".join(key.split()[:2]) for key in workload.split(" + "))
 
 
-def _wrapped(label: str, width: int = 28) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(label.replace(",", ", "), width)) or label
+def _counted(row: Row) -> str:
+    """Return how the device is shared without starts: `7 x 1g.5gb`; the table has the whole geometry."""
+    if row.mode not in ("partition", "whole"):
+        return row.label
+    names = Counter(part.partition("@")[0] for part in row.geometry.split(","))
+    return " + ".join(f"{count} x {name}" if count > 1 else name for name, count in names.items())
 
 
 def _notes(found: Sequence[Row]) -> str:

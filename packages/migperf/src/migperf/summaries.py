@@ -37,6 +37,7 @@ class Row:
         interval_ms: Their 95 % intervals.
         samples: Requests pooled.
         workers: How many processes do this.
+        slices: Compute slices (CPU: cores) of all of them together.
         neighbours: How many processes do something else beside them.
         memory_mib: Largest peak of one worker.
         joules_per_item: Of the whole board, median over repeats.
@@ -65,6 +66,7 @@ class Row:
     interval_ms: Mapping[str, tuple[float, float]]
     samples: int
     workers: int
+    slices: int
     neighbours: int
     memory_mib: float | None
     joules_per_item: float | None
@@ -133,6 +135,7 @@ def _row(records: Sequence[Record], folder: str | os.PathLike[str] | None) -> Ro
         interval_ms=interval,
         samples=summary["samples"],
         workers=workers,
+        slices=sum({record.worker: record.slices for record in records}.values()),
         neighbours=first.workers - workers,
         memory_mib=max(peaks, default=None),
         joules_per_item=_joules(clean) if workers == first.workers else None,
@@ -232,10 +235,7 @@ def comparisons(found: Sequence[Row]) -> list[Comparison]:
         if row.workers == 1 and not row.neighbours and row.items_per_second:
             key = (row.device, row.workload, row.batch, row.load)
             best = wholes.get(key)
-            if best is None or (row.mode == "whole", row.items_per_second) > (
-                best.mode == "whole",
-                best.items_per_second or 0.0,
-            ):
+            if best is None or (row.mode == "whole", row.slices) > (best.mode == "whole", best.slices):
                 wholes[key] = row
     compared = []
     for row in found:
