@@ -1,6 +1,7 @@
 """Rows, the page, and Prometheus: what was measured is what is shown, and marked as what it is."""
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -143,3 +144,37 @@ def test_a_run_without_a_number_has_a_status_and_no_rate():
     text = prometheus_text([record(status="oom", items_per_second=None, latency_ms={})])
     assert 'status="oom"' in text
     assert "migperf_items_per_second{" not in text
+
+
+def test_the_boards_idle_power_is_read_before_anything_runs(monkeypatch):
+    from types import SimpleNamespace
+
+    from migperf import measuring
+
+    class Api:
+        NVMLError = RuntimeError
+        begin = time.perf_counter()
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, device):
+            return round((time.perf_counter() - self.begin) * 60_000)  # mJ: 60 W
+
+    monkeypatch.setattr(measuring, "IDLE_SECONDS", 0.2)
+    gpu = SimpleNamespace(kind="gpu", api=Api(), device=None)
+    assert measuring.CellRun._idle_watts(SimpleNamespace(backend=gpu)) == pytest.approx(60, rel=0.05)
+    assert measuring.CellRun._idle_watts(SimpleNamespace(backend=SimpleNamespace(kind="cpu"))) is None
+
+
+def test_activity_of_the_device_weighs_each_instance_and_is_none_if_one_is_unknown():
+    from migperf import Geometry, measuring, partitioned, workloads
+    from migperf.backends.opening import open as open_device
+    from migperf.parts import assign
+    from migperf.samplers import Window
+
+    device = open_device("sim:a100-40gb")
+    with partitioned(device, Geometry.parse("2g,1g*5", device)) as instances:
+        parts = assign(workloads.torchvision("resnet18"), instances, device)
+    active = dict(zip((p.instance.handle["gi"] for p in parts), (0.6, 0.9, 0.4, 0.2, 0.7, 0.1), strict=True))
+    means = {f"gpm{gi}.gr_active": value for gi, value in active.items()}
+    assert measuring._activity(parts, Window(means), 7) == {"device_activity": 0.5}
+    means.popitem()
+    assert measuring._activity(parts, Window(means), 7) == {}
