@@ -258,7 +258,7 @@ def _keep(stage: Stage, out: Path) -> None:
     )
     pictures: list[tuple[str, str, Any, Any]] = [
         ("throughput", "Items/s by geometry", page.throughput, lambda row: row.items_per_second is not None),
-        ("p99", "p99 by geometry, clean requests pooled", page.tails, lambda row: "p99" in row.latency_ms),
+        ("p99", "p99 by geometry, requests pooled", page.tails, lambda row: "p99" in row.latency_ms),
     ]
     for name, title, draw, wanted in pictures:
         some = [row for row in rows if wanted(row)]
