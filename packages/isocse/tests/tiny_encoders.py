@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ SENTENCES = [
 ] + ["Musicians played.", "Water!", "In the city people speak the languages of the mountains and the rivers."]
 
 
+@functools.cache  # training breaks ties at random: one tokenizer for all models
 def wordpiece() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
