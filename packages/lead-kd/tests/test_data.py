@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 from datasets import Dataset
+from tiny_models import WORDS
 
 from lead_kd.corpus import Corpus, RetrievalData, beir_line, read_lines
 from lead_kd.readers import (
@@ -172,6 +173,14 @@ def test_a_packed_corpus_is_refused(tmp_path):
     (tmp_path / "corpus.jsonl.gz").write_bytes(b"")
     with pytest.raises(InputError, match="is compressed; unpack it first"):
         read_lines(tmp_path / "corpus.jsonl.gz", beir_line)
+
+
+def worded(queries=10, negatives=3):
+    """The toy's structure with words that the tiny tokenizers know, so that texts differ for a model."""
+    plain = toy(queries, negatives)
+    texts = [f"the {WORDS[n % 36]} {WORDS[(7 * n + n // 36 + 3) % 36]}" for n in range(40)]
+    asked = {query: f"what {WORDS[n]} {WORDS[n + 9]}" for n, query in enumerate(plain.queries)}
+    return RetrievalData(Corpus(plain.corpus.ids, texts), asked, plain.qrels, plain.negatives)
 
 
 def toy(queries=10, negatives=3):

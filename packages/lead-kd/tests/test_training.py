@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_data import toy
+from test_data import worded
 from tiny_models import (
+    WORDS,
     colbert,
     cross_encoder,
     dual_encoder,
@@ -73,7 +75,7 @@ def test_a_step_is_adamw_on_the_loss_with_warm_up_clipping_and_linear_decay(fold
     """The loop written out: no accelerate, no sampler's helpers beyond the texts."""
     ours, theirs, big = student(folders, dropout=False), student(folders, dropout=False), teacher(folders)
     recipe = Recipe(4, lr=1e-2, warmup=0.25, clip_norm=0.5, seed=3)
-    sampler = Sampler(toy(), 4, 1, seed=3)
+    sampler = Sampler(worded(), 4, 1, seed=3)
     pairs = schedule(big, ours, seed=3)
     distill(ours, big, Lead(1.0), sampler, recipe, pairs)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
@@ -113,7 +115,7 @@ def test_a_step_is_adamw_on_the_loss_with_warm_up_clipping_and_linear_decay(fold
 def test_accumulated_groups_make_the_gradient_of_their_mean(folders):
     big = teacher(folders)
     model = student(folders, dropout=False)
-    sampler = Sampler(toy(), 2, 1, seed=1)
+    sampler = Sampler(worded(), 2, 1, seed=1)
     before = weights(model)
     distill(
         model,
@@ -134,7 +136,7 @@ def test_a_run_that_goes_on_is_the_run_without_a_break_to_the_bit(folders, tmp_p
         small, big = student(folders), teacher(folders)
         objective = make_objective("lead", small, big, LayerOptions(), co_train=co_train, seed=0)
         made = distill(
-            small, big, objective, Sampler(toy(), 4, 1), recipe, schedule(big, small), co_train=co_train,
+            small, big, objective, Sampler(worded(), 4, 1), recipe, schedule(big, small), co_train=co_train,
             out=out, **options,
         )  # fmt: skip
         return small, big, made
@@ -165,7 +167,7 @@ def test_dropout_neither_uses_nor_changes_the_callers_random_numbers(folders):
     torch.manual_seed(7)
     small = student(folders)
     torch.manual_seed(7)
-    distill(small, big, Lead(1.0), Sampler(toy(), 4, 1), Recipe(2, lr=1e-3), schedule(big, small))
+    distill(small, big, Lead(1.0), Sampler(worded(), 4, 1), Recipe(2, lr=1e-3), schedule(big, small))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -173,8 +175,8 @@ def test_another_run_is_not_gone_on_with_nor_overwritten(folders, tmp_path):
     def run(lr=1e-3, **options):
         small, big = student(folders), teacher(folders)
         return distill(
-            small, big, Lead(1.0), Sampler(toy(), 4, 1), Recipe(2, lr=lr), schedule(big, small), out=tmp_path,
-            **options,
+            small, big, Lead(1.0), Sampler(worded(), 4, 1), Recipe(2, lr=lr), schedule(big, small),
+            out=tmp_path, **options,
         )  # fmt: skip
 
     run()
@@ -198,7 +200,7 @@ def test_every_objective_lowers_its_own_loss(folders, name):
     big = teacher(folders, "same")
     objective = make_objective(name, small, big, LayerOptions(2), co_train=False, seed=0)
     losses = []
-    data = toy(queries=4)
+    data = worded(queries=4)
     distill(
         small, big, objective, Sampler(data, 4, 2), Recipe(25, lr=2e-3, log_every=1, warmup=0),
         LayerSchedule(3, 2, 2, "last"), on_step=lambda step, loss: losses.append(loss.total.item()),
@@ -218,7 +220,7 @@ def test_any_teacher_teaches_and_trains_only_where_asked(folders, kind, co_train
     before = weights(big)
     objective = make_objective("lead", small, big, LayerOptions(), co_train=co_train, seed=0)
     made = distill(
-        small, big, objective, Sampler(toy(), 4, 1), Recipe(2, lr=1e-3, log_every=1), schedule(big, small),
+        small, big, objective, Sampler(worded(), 4, 1), Recipe(2, lr=1e-3, log_every=1), schedule(big, small),
         co_train=co_train,
     )  # fmt: skip
     assert same(before, weights(big)) != co_train
@@ -228,7 +230,7 @@ def test_any_teacher_teaches_and_trains_only_where_asked(folders, kind, co_train
 
 def test_a_cache_gives_the_teachers_scores_and_training(folders, tmp_path):
     big = teacher(folders).eval()
-    data = toy()
+    data = worded()
     queries, passages = list(data.queries.values()), list(data.corpus)
     cache = CachedTeacher(build_cache(big, tmp_path / "cache", queries, passages, batch_size=7), big)
     with torch.no_grad():
@@ -255,8 +257,8 @@ def test_a_cache_gives_the_teachers_scores_and_training(folders, tmp_path):
 
 
 def test_a_cache_that_was_interrupted_is_gone_on_with(folders, tmp_path):
-    big, data = teacher(folders).eval(), toy()
-    texts = list(data.queries.values()), [f"text {n}" for n in range(400)]
+    big, data = teacher(folders).eval(), worded()
+    texts = list(data.queries.values()), [f"{WORDS[n % 36]} {WORDS[n // 36]}" for n in range(400)]
     whole = build_cache(big, tmp_path / "whole", *texts, batch_size=2)
 
     class Stop(Exception):
@@ -273,7 +275,7 @@ def test_a_cache_that_was_interrupted_is_gone_on_with(folders, tmp_path):
         big, tmp_path / "broken", *texts, batch_size=2, progress=lambda done, total: starts.append(done)
     )
     assert starts[0] > 200
-    assert torch.equal(torch.from_numpy(whole.layers[:]), torch.from_numpy(again.layers[:]))
+    np.testing.assert_array_equal(whole.layers, again.layers)
 
 
 def test_lengths_and_weights_are_in_the_teachers_fingerprint(folders):
@@ -287,7 +289,7 @@ def test_lengths_and_weights_are_in_the_teachers_fingerprint(folders):
 
 def test_what_does_not_fit_together_is_said_before_the_first_step(folders):
     big, small = teacher(folders), student(folders)
-    sampler = Sampler(toy(), 4, 1)
+    sampler = Sampler(worded(), 4, 1)
     with pytest.raises(InputError, match="teacher: Lead needs a teacher"):
         distill(small, None, Lead(), sampler, Recipe(1), schedule(big, small))
     with pytest.raises(InputError, match="Lead needs a schedule of layers"):
@@ -295,7 +297,7 @@ def test_what_does_not_fit_together_is_said_before_the_first_step(folders):
     with pytest.raises(InputError, match="schedule: expected 4 teacher layers and 2 student layers"):
         distill(small, big, Lead(), sampler, Recipe(1), LayerSchedule(3, 2, 1))
     with pytest.raises(InputError, match="expected the accelerator's 1 processes"):
-        distill(small, big, Lead(), Sampler(toy(), 4, 1, processes=2), Recipe(1), schedule(big, small))
+        distill(small, big, Lead(), Sampler(worded(), 4, 1, processes=2), Recipe(1), schedule(big, small))
     with pytest.raises(InputError, match="lr: expected a number above 0"):
         Recipe(1, lr=0)
 
@@ -306,7 +308,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folders):
         next(small.parameters()).fill_(torch.nan)
     objective = make_objective("none", small, None, LayerOptions(), co_train=False, seed=0)
     with pytest.raises(TrainingDiverged, match="the loss is no number"):
-        distill(small, None, objective, Sampler(toy(), 4, 1), Recipe(1))
+        distill(small, None, objective, Sampler(worded(), 4, 1), Recipe(1))
 
 
 WORK = """
@@ -314,7 +316,7 @@ import os, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from test_data import toy
+from test_data import worded
 from tiny_models import dual_encoder
 from lead_kd.objectives import Lead
 from lead_kd.sampling import Sampler
@@ -328,7 +330,7 @@ for part in models[0].modules():
     if isinstance(part, torch.nn.Dropout):
         part.p = 0.0
 distill(
-    *models, Lead(1.0, reweight=False), Sampler(toy(), 4 // world, 1, processes=world),
+    *models, Lead(1.0, reweight=False), Sampler(worded(), 4 // world, 1, processes=world),
     Recipe(3, lr=1e-3, log_every=1), LayerSchedule(4, 2, 2, every=2), out={out!r},
 )
 """
@@ -366,7 +368,8 @@ def test_two_processes_train_as_one_with_all_queries(folders, tmp_path):
     one, two = (load_file(tmp_path / name / CHECKPOINT) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
-        if name.startswith("module."):
+        # Keys' biases shift all scores of a softmax alike: their gradient is rounding, which Adam magnifies.
+        if name.startswith("module.") and not name.endswith("key.bias"):
             torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
 
 

@@ -209,7 +209,7 @@ def _distinct(queries: Sequence[str], passages: Sequence[str]) -> tuple[np.ndarr
     """Keys of the distinct texts and their places (passages after queries), long ones first: less padding."""
     keys = [text_key("query", text) for text in queries] + [text_key("passage", text) for text in passages]
     distinct, places = np.unique(np.array(keys, np.uint64), return_index=True)
-    lengths = [len(_item(queries, passages, place).text) for place in places]
+    lengths = [len(_item(queries, passages, int(place)).text) for place in places]
     order = np.lexsort((-np.array(lengths), places >= len(queries)))
     return distinct[order], places[order].tolist()
 
