@@ -196,3 +196,14 @@ def test_settings_out_of_range():
             TwoTeacherLoss(**options)
     with pytest.raises(InputError, match="threshold: expected 0 to below 1"):
         ClassifierLoss(threshold=1.0)
+
+
+def test_one_teacher_with_t_squared_is_hintons_distillation():
+    """The plain baseline: flag 1 for every image, T squared."""
+    student, teacher = tiny.model(5)(tiny.images()), tiny.model(5, seed=3)(tiny.images())
+    labels, t, alpha = torch.arange(6) % 5, 4.0, 0.7
+    ours = TwoTeacherLoss(alpha, T_cls=t, t_squared=True)(student, labels, torch.ones(6).long(), teacher)
+    p = torch.softmax(teacher.logits / t, 1)
+    kl = (p * (p.log() - torch.log_softmax(student.logits / t, 1))).sum(1).mean()
+    hard = -torch.log_softmax(student.logits, 1)[torch.arange(6), labels].mean()
+    torch.testing.assert_close(ours["loss"], (1 - alpha) * hard + alpha * t**2 * kl)

@@ -143,6 +143,11 @@ def test_the_flag_decides_the_augmentation_and_the_seed_the_rest(tmp_path: Path)
         assert torch.equal(image, data[0, index][0])
         assert torch.equal(torch.get_rng_state(), before)
     assert seen == {0, 1}
+    kept = FlaggedImages(images, 24, by_flag, (0, 1), seed=2, keep=True)
+    first = [kept[0, index][0] for index in range(len(kept))]
+    for file in images.files:
+        file.unlink()  # so that a second reading would fail
+    assert all(torch.equal(image, kept[0, index][0]) for index, image in enumerate(first))
     with pytest.raises(InputError, match="no augmentation for this flag"):
         FlaggedImages(images, 24, by_flag, (0, 2))
 

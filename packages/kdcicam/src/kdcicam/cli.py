@@ -1,4 +1,4 @@
-"""The command `kdcicam`: train teachers and students, evaluate, localize, compare."""
+"""The command `kdcicam`: train teachers and students, evaluate, localize, compare, prove."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command, with the exit codes 0 and 2 (bad input)."""
+    """Run the command, with the exit codes 0, 1 (a claim does not hold) and 2 (bad input)."""
     command.run(app)
 
 
@@ -442,6 +442,22 @@ def localize(
             "boxes": str(out / "boxes.json"),
         },
     )
+
+
+@app.command()
+def prove(
+    out: Annotated[Path, typer.Option(help="Folder for proof.json and pictures.", file_okay=False)] = Path(
+        "runs/kdcicam"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N-1.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="A shortened run, of one seed.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> int:
+    """Compare the student of two teachers with all baselines on composed images with a confounder."""
+    with command.warnings_in_one_line():
+        from kdcicam.proof import run_proof
+
+        return run_proof(out, range(1 if quick and seeds == 3 else seeds), quick, jobs)
 
 
 def _table(title: str, rows: dict[str, str]) -> None:

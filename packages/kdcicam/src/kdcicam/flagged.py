@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -52,6 +53,7 @@ class FlaggedImages(Dataset[tuple[Tensor, int, int]]):
         augmentations: For each flag that may be drawn.
         flags: Drawn from uniformly, for each image and epoch anew.
         seed: Of flags and augmentation.
+        keep: Read each file once and keep its pixels: for sets that fit in memory.
     """
 
     def __init__(
@@ -61,11 +63,14 @@ class FlaggedImages(Dataset[tuple[Tensor, int, int]]):
         augmentations: Mapping[int, Augmentation],
         flags: Sequence[int] = (0,),
         seed: int = 0,
+        *,
+        keep: bool = False,
     ) -> None:
         if lacking := set(flags) - set(augmentations):
             raise InputError("no augmentation for this flag", field="flags", value=min(lacking))
         self.images, self.size, self.seed = images, size, seed
         self.augmentations, self.flags = dict(augmentations), tuple(flags)
+        self.keep, self.kept = keep, dict[int, Image.Image]()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -73,7 +78,11 @@ class FlaggedImages(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         epoch, index = key
         flag = draw_flag(self.flags, self.seed, epoch, index)
-        image = read_image(self.images.files[index])
+        image = self.kept.get(index)
+        if image is None:
+            image = read_image(self.images.files[index])
+            if self.keep:
+                self.kept[index] = image
         with torch.random.fork_rng([]):
             torch.manual_seed(derived_seed(self.seed, epoch, index, _AUGMENT))
             pixels = self.augmentations[flag](image, self.size)
