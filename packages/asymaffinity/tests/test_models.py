@@ -101,6 +101,16 @@ def test_images_without_objects_and_boxes_smaller_than_a_cell(head: str):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_the_projection_loss_alone_needs_no_edges(head: str):
+    model = tiny.detector(head)
+    owner = model if head == "condinst" else model.roi_heads
+    owner.criterion.affinities.clear()
+    losses = model(*batch())
+    assert 0 < losses["loss_prj"] < 2
+    assert not [name for name in losses if name.startswith("loss_aff")]
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_depth_that_is_missing_or_of_another_shape_is_said(head: str):
     model = tiny.detector(head)
     images, targets = batch()
@@ -164,6 +174,11 @@ def test_dynamic_masks_are_the_written_down_convolutions():
         hidden = F.relu(F.conv2d(hidden, w[18:27].view(3, 3, 1, 1), w[33:36]))
         expected = F.conv2d(hidden, w[27:30].view(1, 3, 1, 1), w[36:37])[0, 0]
         torch.testing.assert_close(found[n], expected)
+    shuffled = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(
+        masks(features, weights[shuffled], centres[shuffled], sizes[shuffled], index[shuffled]),
+        found[shuffled],
+    )
     assert masks(features, weights[:0], centres[:0], sizes[:0], index[:0]).shape == (0, 5, 6)
 
 

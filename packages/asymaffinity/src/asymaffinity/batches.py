@@ -17,6 +17,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from asymaffinity.edges import EdgeBits
+from asymaffinity.grid import grid_size
 from asymaffinity.losses import BoxSupLoss
 from shared_core import InputError
 
@@ -38,6 +39,8 @@ class BoxSupTransform(GeneralizedRCNNTransform):
         object.__setattr__(self, "criterion", criterion)  # the model holds it as a module; it is lent here
         self.bottom = bottom
         self.edges: dict[str, EdgeBits] = {}
+        self.grid = (0, 0)
+        """Cells of the masks' grid over the last batch."""
 
     @classmethod
     def like(cls, transform: GeneralizedRCNNTransform, criterion: BoxSupLoss, bottom: int) -> BoxSupTransform:
@@ -62,7 +65,8 @@ class BoxSupTransform(GeneralizedRCNNTransform):
             check_depths(images, depths)
             targets = [{k: v for k, v in t.items() if k not in ("masks", "depth")} for t in targets]
         batch, moved = super().forward(images, targets)
-        self.edges = {}
+        height, width = batch.tensors.shape[2:]
+        self.edges, self.grid = {}, grid_size(height, width, self.criterion.stride)  # type: ignore[arg-type]
         if self.training and moved is not None:
             self.edges = self._edges(batch, depths)
         return batch, moved

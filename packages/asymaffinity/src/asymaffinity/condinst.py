@@ -80,15 +80,21 @@ class DynamicMasks(nn.Module):
         # The first layer is linear in features and coordinates: neither is repeated for each instance.
         by_x = first[:, :, -2, None] * away_x[:, None]  # [n, width, w]
         by_y = first[:, :, -1, None] * away_y[:, None] + bias[:, :, None]  # [n, width, h]
-        flat = features.flatten(2)
-        shared = (
-            torch.bmm(first[:, :, :-2], flat[image_index]) if n else first.new_zeros(0, self.width, h * w)
-        )
+        shared = self._of_features(first[:, :, :-2], features.flatten(2), image_index)
         hidden = shared.view(n, self.width, h, w) + by_x[:, :, None] + by_y[..., None]
         hidden = F.relu(hidden).flatten(2)
         for matrix, offset in zip(matrices[1:-1], biases[1:-1], strict=True):
             hidden = F.relu(torch.baddbmm(offset[:, :, None], matrix, hidden))
         return torch.baddbmm(biases[-1][:, :, None], matrices[-1], hidden).view(n, h, w)
+
+    def _of_features(self, matrices: Tensor, features: Tensor, image_index: Tensor) -> Tensor:
+        """Each instance's matrix times the features of its image, one product an image."""
+        order, parts = [], []
+        for n, own in enumerate(features):
+            members = torch.where(image_index == n)[0]
+            order.append(members)
+            parts.append((matrices[members].flatten(0, 1) @ own).view(len(members), self.width, own.shape[1]))
+        return torch.cat(parts)[torch.argsort(torch.cat(order))]
 
     def _split(self, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         counts = [o * i for o, i in self.shapes] + [o for o, _ in self.shapes]

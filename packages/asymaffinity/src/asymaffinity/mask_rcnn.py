@@ -131,9 +131,7 @@ class BoxSupRoIHeads(RoIHeads):
 
     def _losses(self, logits: Tensor, regions: Tensor, boxes: Tensor, owners: Tensor) -> dict[str, Tensor]:
         transform: BoxSupTransform = self.transform  # type: ignore[assignment] set past Module
-        edges = transform.edges
-        size = next(iter(edges.values())).bits.shape[1:] if edges else logits.shape[1:]
-        grid = (int(size[0]), int(size[1]))
+        edges, grid = transform.edges, transform.grid
         whole = paste(logits, regions, grid, self.criterion.stride)
         cells, _ = box_cells(boxes, grid, self.criterion.stride)
         self.health = logits_health(whole, cells)

@@ -3,7 +3,7 @@
 Grounds, facades and the surfaces of objects are crops of photographs; outlines are those of real garments
 (Fashion-MNIST) and of handwritten digits (MNIST), drawn thicker. What is made is where they stand: a ground
 plane whose disparity grows linearly with the row, a facade of constant disparity, and upright objects that
-touch the ground. Photographs and outlines of the test scenes are others than those of the training scenes.
+touch the ground. Pixels and outlines of the test scenes are others than those of the training scenes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SIDE = 64
 SLOPE = 0.03
 """Disparity a row of the ground."""
 DEPTH_NOISE, IMAGE_NOISE = 0.01, 0.01
+ROLES = ("object", "ground", "facade")
 LIKE_GROUND = 0.35
 """Share of objects of which a part has the ground's picture."""
 
@@ -53,28 +54,44 @@ def _rows(table: Any) -> Iterator[dict[str, Any]]:
 
 
 class Materials:
-    """Photographs and outlines, cut into a training and a test half that share nothing."""
+    """Photographs and outlines, cut into a training and a test half that share nothing.
+
+    Of each photograph the left half is for training and the right one for testing: other pixels of the same
+    things, so that what an object looks like can be learned. Objects, grounds and facades have photographs of
+    their own.
+    """
 
     def __init__(self) -> None:
         ours = [(str(row["name"]), np.asarray(row["image"].convert("RGB"))) for row in _rows(photographs())]
-        photos = [image for _, image in sorted(ours, key=lambda pair: pair[0])]
+        # One of the stereo pair is enough: its halves would show what the other halves of its twin do.
+        photos = [image for name, image in sorted(ours, key=lambda pair: pair[0]) if "right" not in name]
         photos += [np.asarray(row["image"].convert("RGB")) for row in _rows(labelled_samples("imagenet"))]
-        garments = [np.asarray(row["image"]) > 40 for row in _rows(labelled_samples("fashion_mnist"))]
+        garments = [np.asarray(row["image"]) > 10 for row in _rows(labelled_samples("fashion_mnist"))]
         digits = [np.asarray(row["image"]) > 100 for row in _rows(mnist5k().select(range(0, 5000, 10)))]
         thick = [cv2.dilate(digit.astype(np.uint8), np.ones((4, 4), np.uint8)) > 0 for digit in digits]
-        half = len(photos) // 2
-        # The stereo pair of a motorcycle stands together in the sorted list, on one side.
-        self.photos = {"train": photos[:half], "test": photos[half:]}
+        halves = {
+            "train": [photo[:, : photo.shape[1] // 2] for photo in photos],
+            "test": [photo[:, photo.shape[1] // 2 :] for photo in photos],
+        }
+        self.photos = {
+            (split, role): parts[n :: len(ROLES)]
+            for split, parts in halves.items()
+            for n, role in enumerate(ROLES)
+        }
         self.garments = {"train": garments[::2], "test": garments[1::2]}
         self.digits = {"train": thick[::2], "test": thick[1::2]}
 
-    def texture(self, split: str, draw: np.random.Generator, region: tuple[int, int], size: int) -> Array:
+    def texture(
+        self, split: str, role: str, draw: np.random.Generator, region: tuple[int, int], size: int
+    ) -> Array:
         """A square crop of a photograph of `region` pixels a side, as floats [size, size, 3]."""
-        photo = self.photos[split][draw.integers(len(self.photos[split]))]
+        group = self.photos[split, role]
+        photo = group[draw.integers(len(group))]
         side = min(int(draw.integers(*region)), *photo.shape[:2])
         y, x = (int(draw.integers(0, length - side + 1)) for length in photo.shape[:2])
         crop = photo[y : y + side, x : x + side]
-        return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+        how = cv2.INTER_LINEAR if side < size else cv2.INTER_AREA
+        return cv2.resize(crop, (size, size), interpolation=how).astype(np.float32) / 255
 
     def outline(self, split: str, draw: np.random.Generator) -> Array:
         """A mask, tight in its array, mirrored half of the time."""
@@ -117,8 +134,8 @@ def make_scenes(materials: Materials, split: str, count: int, seed: int) -> Scen
 
 def _scene(materials: Materials, split: str, draw: np.random.Generator) -> tuple[Array, Array, list[Array]]:
     horizon = int(draw.integers(16, 28))
-    ground = materials.texture(split, draw, (96, 256), SIDE)
-    image = materials.texture(split, draw, (96, 256), SIDE).copy()
+    ground = materials.texture(split, "ground", draw, (96, 256), SIDE)
+    image = materials.texture(split, "facade", draw, (96, 256), SIDE).copy()
     image[horizon:] = ground[horizon:]
     rows = np.arange(SIDE, dtype=np.float32)[:, None]
     disparity = np.repeat(0.1 + SLOPE * np.clip(rows - horizon, 0, None), SIDE, 1)
@@ -153,7 +170,7 @@ def _object(
     cut = max(0, -top)
     mask[top + cut : foot + 1, left : left + width] = shape[cut:]
     texture = np.zeros((SIDE, SIDE, 3), np.float32)
-    upper, lower = (materials.texture(split, draw, (12, 40), SIDE) for _ in range(2))
+    upper, lower = (materials.texture(split, "object", draw, (6, 20), SIDE) for _ in range(2))
     waist = top + int(height * draw.uniform(0.35, 0.65))
     texture[:] = upper
     texture[max(0, waist) :] = lower[max(0, waist) :]
