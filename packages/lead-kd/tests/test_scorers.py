@@ -66,6 +66,16 @@ def test_a_mean_pooled_normalized_encoder_gives_cosines_times_twenty(bert):
         assert scores.layers[layer, 0, 4].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_scores_are_float32_under_autocast(bert):
+    scorer = DualEncoder(dual_encoder(bert).eval())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = scorer(scorer.collate(QUERIES, PASSAGES))
+        q, p = torch.full((1, 1, 4), 16.0), torch.tensor([[[16.0] * 4, [16.0, 16.0, 16.0, 16.0625]]])
+        near = layer_scores(q, p)  # 1024 and 1025: one number in bfloat16
+    assert scores.layers.dtype == scores.final.dtype == torch.float32
+    assert near.flatten().tolist() == [1024, 1025]
+
+
 def test_only_the_layers_that_are_asked_for_are_given_in_that_order(bert):
     scorer = DualEncoder(dual_encoder(bert).eval())
     batch = scorer.collate(QUERIES, PASSAGES)

@@ -244,8 +244,9 @@ def test_a_cache_gives_the_teachers_scores_and_training(folders, tmp_path):
     distill(small, cache, Lead(1.0), Sampler(data, 4, 1), Recipe(2, lr=1e-3), schedule(cache, small))
     with pytest.raises(InputError, match="a teacher that is read from a cache cannot train"):
         distill(
-            small, cache, Lead(1.0), Sampler(data, 4, 1), Recipe(2), schedule(cache, small), co_train=True
-        )
+            small, cache, Lead(1.0, co_train=True), Sampler(data, 4, 1), Recipe(2), schedule(cache, small),
+            co_train=True,
+        )  # fmt: skip
     with pytest.raises(InputError, match=r"has no vectors of this query; build the cache .* \(got 'new'\)"):
         cache.collate(["new"], passages[:2])
     with pytest.raises(InputError, match="was made by another teacher"):
@@ -298,6 +299,19 @@ def test_what_does_not_fit_together_is_said_before_the_first_step(folders):
         distill(small, big, Lead(), sampler, Recipe(1), LayerSchedule(3, 2, 1))
     with pytest.raises(InputError, match="expected the accelerator's 1 processes"):
         distill(small, big, Lead(), Sampler(worded(), 4, 1, processes=2), Recipe(1), schedule(big, small))
+    for flag in (False, True):
+        with pytest.raises(InputError, match=r"co_train: Lead (only reads|trains) the teacher"):
+            distill(
+                small, big, Lead(co_train=flag), sampler, Recipe(1), schedule(big, small), co_train=not flag
+            )
+    cross = CrossEncoderScorer(cross_encoder(folders["cross"]))
+    with pytest.raises(InputError, match="expected at least one negative a query"):
+        distill(small, cross, Lead(), Sampler(worded(), 4, 0), Recipe(1), schedule(cross, small))
+    other = make_objective(
+        "minilm", small, DualEncoder(dual_encoder(folders["distil"])), LayerOptions(), co_train=False, seed=0
+    )
+    with pytest.raises(InputError, match="minilm needs the same tokens on both sides"):
+        distill(small, DualEncoder(dual_encoder(folders["distil"])), other, sampler, Recipe(1))
     with pytest.raises(InputError, match="lr: expected a number above 0"):
         Recipe(1, lr=0)
 

@@ -168,6 +168,7 @@ def mine(
                         progress=progress,
                     )  # fmt: skip
             vectors = load_embeddings(folder)
+            _same_model(folder, encoder, model)
             if vectors.ids != found.corpus.ids:
                 raise InputError("holds vectors of another corpus", file=folder)
             ranked = exact(
@@ -248,6 +249,8 @@ def train(
     kept = _layers(keep_layers)
     if teacher is None and objective != Objective.NONE:
         raise InputError(f"--objective {objective.value} needs one", field="--teacher")
+    if co_train and objective not in (Objective.LEAD, Objective.RESPONSE):
+        raise InputError(f"--objective {objective.value} only reads the teacher", field="--co-train")
     if cache is not None and (co_train or objective == Objective.MINILM):
         raise InputError("a teacher in a cache neither trains nor runs", field="--cache", value=str(cache))
     with command.warnings_in_one_line():
@@ -373,7 +376,7 @@ def search(
     """Search the queries of a split, exactly or by faiss, and write a run."""
     with command.warnings_in_one_line():
         found = _load(data, split, format, skip_missing)
-        from lead_kd.embeddings import encode_queries, load_embeddings, model_fingerprint
+        from lead_kd.embeddings import encode_queries, load_embeddings
         from lead_kd.jobs import load_dual_encoder
         from lead_kd.search import search as exact
         from lead_kd.search import search_faiss, write_run
@@ -381,10 +384,7 @@ def search(
         vectors = load_embeddings(embeddings)
         where = command.usable_device(device)
         encoder = load_dual_encoder(model, where)
-        import json
-
-        if json.loads((embeddings / "embeddings.json").read_text())["model"] != model_fingerprint(encoder):
-            raise InputError(f"holds vectors of another model than {model}", file=embeddings)
+        _same_model(embeddings, encoder, model)
         queries = list(found.judged())
         asked = encode_queries(encoder, [found.queries[q] for q in queries], batch_size, query_length)
         ranked = (
@@ -392,8 +392,18 @@ def search(
             if faiss is None
             else search_faiss(asked, vectors, k, faiss, block)
         )
-        write_run(out, ranked.as_run(queries, vectors.ids), Path(model).name or "lead-kd")
+        tag = "-".join(Path(model).name.split()) or "lead-kd"
+        write_run(out, ranked.as_run(queries, vectors.ids), tag)
         typer.echo(f"written: {out}, {len(queries)} queries")
+
+
+def _same_model(folder: Path, encoder: Any, name: str) -> None:
+    import json
+
+    from lead_kd.embeddings import model_fingerprint
+
+    if json.loads((folder / "embeddings.json").read_text())["model"] != model_fingerprint(encoder):
+        raise InputError(f"holds vectors of another model than {name}", file=folder)
 
 
 @app.command()

@@ -44,8 +44,14 @@ class Candidates:
     own: Int[Tensor, "queries per_query"]
 
     def block(self) -> Candidates:
-        """Only each query's own passages: what a cross-encoder scores."""
+        """Only each query's own passages: what a cross-encoder scores.
+
+        Raises:
+            InputError: A query has its positive alone, from which nothing can be told.
+        """
         count, per_query = self.own.shape
+        if per_query < 2:
+            raise InputError("expected at least one negative a query", field="negatives", value=0)
         columns = torch.arange(per_query, device=self.own.device).expand(count, per_query)
         return Candidates(torch.zeros_like(self.target), self.mask.gather(1, self.own), columns)
 
@@ -74,6 +80,7 @@ class Objective(nn.Module):
 
     needs_teacher = True
     needs_pairs = False
+    co_train = False  # whether targets have gradients
 
     def forward(self, student: Scores, teacher: Scores | None, on: Candidates, pairs: Pairs) -> StepLoss:
         """Compute the loss.

@@ -137,7 +137,7 @@ def vector_scores(
     of_queries, of_passages = q_layers.transpose(0, 1), p_layers.transpose(0, 1)
     return Scores(
         scale * layer_scores(of_queries, of_passages),
-        scale * (q_final @ p_final.T),
+        scale * layer_scores(q_final[None], p_final[None])[0],
         (of_queries, of_passages),
     )
 

@@ -38,8 +38,23 @@ class Scores:
 def layer_scores(
     queries: Float[Tensor, "layers queries dim"], passages: Float[Tensor, "layers passages dim"]
 ) -> Float[Tensor, "layers queries passages"]:
-    """Dot products of every query with every passage, layer by layer: s_l(q, p) = h_l(q) . h_l(p)."""
-    return queries @ passages.transpose(1, 2)
+    """Dot products of every query with every passage, layer by layer: s_l(q, p) = h_l(q) . h_l(p).
+
+    They are computed in float32 or wider, also under autocast: raw products of [CLS] vectors are in the
+    hundreds, where half precision has no fractions.
+    """
+    with full_precision(queries):
+        return widened(queries) @ widened(passages).transpose(1, 2)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Make half precision float32, and leave wider types."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Leave autocast on the device of a tensor."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def layer_distributions(
@@ -88,14 +103,16 @@ def maxsim(
     """
     if not passage_mask.any(1).all():
         raise InputError("expected at least one token in every passage", field="passages")
+    queries, passages = widened(queries), widened(passages)
     count, tokens, _ = queries.shape
     a_passage = count * tokens * passages.shape[1] * queries.element_size()
     size = max(1, budget // max(a_passage, 1))
-    lowest = torch.finfo(queries.dtype).min  # a constant like -9e9 is no number in float16
+    lowest = torch.finfo(queries.dtype).min
     blocks = []
     for start in range(0, len(passages), size):
         block, counted = passages[start : start + size], passage_mask[start : start + size]
-        similar = torch.einsum("qid,pjd->qpij", queries, block)
+        with full_precision(queries):
+            similar = torch.einsum("qid,pjd->qpij", queries, block)
         best = similar.masked_fill(~counted[None, :, None, :], lowest).amax(-1)
         blocks.append((best * query_mask[:, None, :]).sum(-1))
     return torch.cat(blocks, 1)

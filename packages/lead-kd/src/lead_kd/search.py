@@ -149,11 +149,13 @@ def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str
     """Write a run as trec_eval reads it, in trec_eval's own order: by score, equal scores by descending id.
 
     Raises:
-        InputError: The folder is missing or cannot be written to.
+        InputError: An id has blanks, or the folder is missing or cannot be written to.
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for query, scores in run.items():
             ordered = sorted(scores.items(), key=lambda pair: (pair[1], pair[0]), reverse=True)
+            if wrong := next((word for word in (query, *scores) if len(word.split()) != 1), None):
+                raise InputError("a run cannot hold an id with blanks", file=path, field="id", value=wrong)
             for rank, (name, score) in enumerate(ordered, 1):
                 file.write(f"{query} Q0 {name} {rank} {score!r} {tag}\n")
 

@@ -231,6 +231,12 @@ class _Run:
             raise InputError(f"{type(objective).__name__} needs a teacher", field="teacher", value=None)
         if not objective.needs_teacher:
             teacher = None
+        if co_train != objective.co_train:
+            raise InputError(
+                f"{type(objective).__name__} {'trains' if objective.co_train else 'only reads'} the teacher",
+                field="co_train",
+                value=co_train,
+            )
         if co_train and (teacher is None or not any(True for _ in teacher.parameters())):
             raise InputError("a teacher that is read from a cache cannot train", field="co_train", value=True)
         self.student, self.teacher, self.objective = student, teacher, objective
@@ -311,7 +317,9 @@ class _Run:
         for name, optimizer in self.optimizers.items():
             for part in optimizer.param_groups:
                 part["lr"] = self.rates[name] * self.recipe.rate(step)
-            self.accelerator.clip_grad_norm_(
+            # Each optimizer by itself: accelerate's own clipping would unscale the gradients of all, twice.
+            self.accelerator.unscale_gradients(optimizer)
+            torch.nn.utils.clip_grad_norm_(
                 [p for part in optimizer.param_groups for p in part["params"]], self.recipe.clip_norm
             )
             optimizer.step()
@@ -336,6 +344,8 @@ class _Run:
             if isinstance(self.objective, MiniLM)
             else nullcontext()
         )
+        if isinstance(self.objective, MiniLM):
+            _same_tokens(group)
         with watched, self.accelerator.autocast():
             student = self.wrapped(group["student"], of_student)
             teacher = None
@@ -384,6 +394,20 @@ class _Steps(Dataset[list[dict[str, Any]]]):
         if self.teacher is not None:
             tensors["teacher"] = self.teacher.collate(group.queries, group.passages)
         return tensors
+
+
+def _same_tokens(group: dict[str, Any]) -> None:
+    """Check that student and teacher read the same token ids.
+
+    Raises:
+        InputError: They do not.
+    """
+    for side in ("queries", "passages"):
+        own, told = (group[model][side]["input_ids"] for model in ("student", "teacher"))
+        if own.shape != told.shape or not torch.equal(own, told):
+            raise InputError(
+                "minilm needs the same tokens on both sides: the same tokenizer and lengths", field=side
+            )
 
 
 def _record(step: int, loss: StepLoss, pairs: Sequence[tuple[int, int]], rate: float) -> dict[str, Any]:
