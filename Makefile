@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup-done
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup prove test lint bench dist clean
+.PHONY: help setup prove test lint bench dist docs clean
 
 help:
 	@echo "make setup                    make $(VENV) and install every package, editable; nothing when nothing changed"
@@ -21,7 +21,8 @@ help:
 	@echo "make lint                     ruff, basedpyright, deptry"
 	@echo "make bench [PKG=x]            measure against what a user would pick instead; writes runs/bench.html"
 	@echo "make dist  [PKG=x|all]        build every wheel, install one package (or each) by name in a fresh environment"
-	@echo "make clean                    remove $(VENV), .cache, dist, runs"
+	@echo "make docs                     build the documentation, without installing any package; writes runs/docs"
+	@echo "make clean                    remove $(VENV), $(VENV)-docs, .cache, dist, runs"
 	@echo
 	@echo "PKG=x names one package. PYTHON=python3.12 and VENV=.venv-3.12 make another environment."
 	@echo "UV_TORCH_BACKEND=cpu picks CPU-only torch. UV=0 installs with plain pip."
@@ -48,6 +49,10 @@ bench: setup
 dist: setup
 	@sh tools/dist.sh "$(RUN)" "$(PKG)"
 
+docs:
+	@sh tools/docs.sh "$(PYTHON)" "$(VENV)-docs"
+
 clean:
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@if [ -f "$(VENV)-docs/pyvenv.cfg" ]; then rm -rf "$(VENV)-docs"; fi
 	rm -rf .cache dist runs .pytest_cache .ruff_cache .hypothesis

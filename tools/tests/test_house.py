@@ -76,7 +76,7 @@ def test_constraints_leave_out_members_suffixes_and_cuda() -> None:
     assert pins(installed, ["csq-quant"]) == ["b-c==1", "torch==2.9.0"]
 
 
-@pytest.mark.parametrize("target", ["setup", "prove", "test", "lint", "bench", "dist", "clean"])
+@pytest.mark.parametrize("target", ["setup", "prove", "test", "lint", "bench", "dist", "docs", "clean"])
 def test_make_help_names_every_target(target: str) -> None:
     text = subprocess.run(
         ["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True
@@ -101,7 +101,15 @@ def test_an_old_python_gets_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["tools/setup.sh", "tools/dist.sh", "tools/uv-env.sh", "ci/test-package.sh", "ci/readme.sh"]
+    "script",
+    [
+        "tools/setup.sh",
+        "tools/dist.sh",
+        "tools/docs.sh",
+        "tools/uv-env.sh",
+        "ci/test-package.sh",
+        "ci/readme.sh",
+    ],
 )
 def test_shell_scripts_parse(script: str) -> None:
     done = subprocess.run(["sh", "-n", str(ROOT / script)], capture_output=True, text=True, check=False)
