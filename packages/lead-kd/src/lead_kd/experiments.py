@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MEASURES = ("nDCG@10", "RR@10", "R@10")
-RATES = (4e-4, 8e-4, 1.6e-3)
+RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
 """The grid of learning rates, for every method."""
 
 
@@ -60,11 +60,11 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "lead-kd": Arm("lead", 8e-4),
     "lead, equal weights": Arm("lead", 8e-4, reweight=False),
-    "none": Arm("none", 8e-4),
-    "response": Arm("response", 8e-4),
-    "response x2": Arm("response", 8e-4, weight=2.0),
-    "margin-mse": Arm("margin-mse", 8e-4),
-    "regression": Arm("regression", 8e-4),
+    "none": Arm("none", 4e-4),
+    "response": Arm("response", 4e-4),
+    "response x2": Arm("response", 4e-4, weight=2.0),
+    "margin-mse": Arm("margin-mse", 4e-4),
+    "regression": Arm("regression", 4e-4),
 }
 
 
