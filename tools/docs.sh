@@ -21,4 +21,4 @@ if ! cmp -s tools/docs-requirements.txt "$stamp"; then
     cp tools/docs-requirements.txt "$stamp"
 fi
 NO_MKDOCS_2_WARNING=1 "$venv/bin/python" -m mkdocs build --strict
-echo "docs: open runs/docs/index.html"
+echo "docs: open runs/docs/index.html; with search: $python -m http.server --bind 127.0.0.1 --directory runs/docs"
