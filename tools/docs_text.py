@@ -59,7 +59,8 @@ def _answer(what: str, argument: str, page: str, root: Path) -> str:
     kept = [heading for heading in parts if (heading in named) != (condition == "except")]
     if not kept:
         if what == "readme?":
-            return f"The package's README has no section on this yet ({listed.strip().replace(' | ', ', ')})."
+            names = listed.strip().split(" | ")
+            return f"## {names[0]}\n\nThe package's README has no section on this yet ({', '.join(names)})."
         raise DocsError(f"docs/{page}: {folder.name}/README.md has no section named {listed.strip()}")
     text = "\n\n".join(f"## {heading}\n\n{parts[heading]}" for heading in kept)
     return adapted(text, folder.relative_to(root).as_posix(), page, root)
