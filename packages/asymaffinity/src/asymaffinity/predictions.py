@@ -303,7 +303,8 @@ def overlay(
     width = max(1, round(min(made.size) / 250))
     for n, (x0, y0, x1, y1) in enumerate(boxes):
         if x1 > x0 and y1 > y0:
-            draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=COLOURS[n % len(COLOURS)], width=width)
+            last = (max(x0, x1 - 1), max(y0, y1 - 1))  # a box may be narrower than a pixel
+            draw.rectangle((x0, y0, *last), outline=COLOURS[n % len(COLOURS)], width=width)
             if n < len(names):
                 draw.text(
                     (x0 + width + 1, y0 + width),
