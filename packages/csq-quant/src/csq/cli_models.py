@@ -96,6 +96,7 @@ def inspect(
         command.print_table(scheme_view.layer_table(report, operations))
         command.print_table(scheme_view.totals_table(report, operations, size))
         if png:
+            title = f"{title}\n{scheme_view.sizes(report, operations, size)}"
             scheme_view.draw(png, report, title, history, target)
         if json:
             numbers = {**report.totals(), "file_bytes": size, "bit_operations": operations.total}

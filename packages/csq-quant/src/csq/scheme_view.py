@@ -47,6 +47,14 @@ def totals_table(report: Report, operations: BitOperations, file_bytes: int) -> 
     return table
 
 
+def sizes(report: Report, operations: BitOperations, file_bytes: int) -> str:
+    """The three counts and the bit operations in one line, for a picture."""
+    return (
+        f"{report.average_bits:.3f} paper bits, {report.average_stored_bits:.3f} stored bits a weight; "
+        f"{file_bytes:,} bytes; {operations.total:,} bit operations an image"
+    )
+
+
 def _saved(operations: BitOperations) -> float:
     return 1024 * operations.macs / max(1, operations.total)  # fp32 has 32 times 32
 
