@@ -210,6 +210,12 @@ def _notes(run: proof.ProofRun, outcomes: Sequence[Outcome], bases: Sequence[dic
                 f"{o.trivial:.0%}, empty {o.empty:.0%}."
             )
     run.note(
+        "Read the symmetric rows with care: the symmetric loss has the same weight and warm-up as the "
+        "asymmetric one, and no warm-up of its own was looked for. It collapses on colour too, which the "
+        "published symmetric loss does not at full scale, and masks from full supervision are hardly above "
+        "the box as the mask. So this shows the direction of both findings, and not their size."
+    )
+    run.note(
         "AP is with given boxes: the mean over IoU .50 to .95 of the share of masks above. A mask is "
         f"trivial if its IoU with the box is above 0.9, if it is empty, or if a tenth of it lies outside; "
         f"{LOOKS} looks a run of {outcomes[0].run.steps} steps of {BATCH} scenes."
