@@ -48,9 +48,9 @@ def totals_table(report: Report, operations: BitOperations, file_bytes: int) -> 
 
 
 def sizes(report: Report, operations: BitOperations, file_bytes: int) -> str:
-    """The three counts and the bit operations in one line, for a picture."""
+    """The three counts and the bit operations in two lines, for a picture."""
     return (
-        f"{report.average_bits:.3f} paper bits, {report.average_stored_bits:.3f} stored bits a weight; "
+        f"{report.average_bits:.3f} paper bits, {report.average_stored_bits:.3f} stored bits a weight\n"
         f"{file_bytes:,} bytes; {operations.total:,} bit operations an image"
     )
 
