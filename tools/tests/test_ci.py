@@ -32,7 +32,7 @@ def proofs_end_with(code: int) -> str:
 def test_ci_runs_every_step_in_order(tmp_path: Path) -> None:
     done = run_ci(tmp_path, proofs_end_with(0))
     steps = [line for line in done.stdout.splitlines() if line.startswith(("make", "readme"))]
-    assert steps == ["make lint", "make test", "make prove", "make dist", "readme ran"]
+    assert steps == ["make lint", "make test", "make prove", "make dist", "readme ran", "make docs"]
     assert done.returncode == 0
     assert "DOES NOT HOLD" not in done.stdout
 
@@ -49,7 +49,7 @@ def test_ci_fails_on_a_crashed_proof(tmp_path: Path, code: int) -> None:
     assert run_ci(tmp_path, proofs_end_with(code)).returncode == code
 
 
-@pytest.mark.parametrize("step", ["lint", "test", "dist"])
+@pytest.mark.parametrize("step", ["lint", "test", "dist", "docs"])
 def test_ci_fails_with_a_failing_step(tmp_path: Path, step: str) -> None:
     assert run_ci(tmp_path, f'[ "$1" != {step} ] || exit 2').returncode == 2
 
