@@ -10,7 +10,7 @@ from tiny_models import PASSAGES, QUERIES, cross_encoder, dual_encoder, save_ber
 
 from lead_kd.cache import CachedTeacher, build_cache
 from lead_kd.losses import lead_loss
-from lead_kd.objectives import Contrastive
+from lead_kd.objectives import Contrastive, Embedding, Lead
 from lead_kd.sbert import LeadDataCollator, LeadLoss, follow_steps
 from lead_kd.scorers import CrossEncoderScorer, DualEncoder
 from shared_core import InputError
@@ -135,6 +135,13 @@ def test_a_cache_teaches_in_the_trainer(folders, tmp_path):
     live, read = (LeadLoss(model, one, layer_temperature=1.0) for one in (teacher, CachedTeacher(cache)))
     model.eval()
     assert read(batch_of(model)).item() == pytest.approx(live(batch_of(model)).item(), rel=2e-2)
+
+
+def test_objectives_that_train_the_teacher_or_read_features_are_refused(folders):
+    model, teacher = dual_encoder(folders[0]), DualEncoder(dual_encoder(folders[1]))
+    for objective in (Lead(co_train=True), Embedding(16, 24)):
+        with pytest.raises(InputError, match="only reads scores of a frozen teacher"):
+            LeadLoss(model, teacher, objective=objective)
 
 
 def test_without_the_collator_the_error_says_what_to_give(folders):

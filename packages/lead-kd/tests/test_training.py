@@ -160,6 +160,26 @@ def test_a_run_that_goes_on_is_the_run_without_a_break_to_the_bit(folders, tmp_p
     assert same(weights(whole_teacher), before) != co_train
 
 
+def test_an_evaluation_that_was_interrupted_is_done_when_the_run_goes_on(folders, tmp_path):
+    def run(evaluate, **options):
+        small, big = student(folders), teacher(folders)
+        recipe = Recipe(2, lr=1e-3, checkpoint_every=1, evaluate_every=2)
+        return distill(
+            small, big, Lead(1.0), Sampler(worded(), 4, 1), recipe, schedule(big, small), out=tmp_path,
+            evaluate=evaluate, **options,
+        )  # fmt: skip
+
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    with pytest.raises(Stop):
+        run(stop)
+    assert run(lambda: {"nDCG@10": 0.5}, resume=True).evaluations == {2: {"nDCG@10": 0.5}}
+
+
 def test_dropout_neither_uses_nor_changes_the_callers_random_numbers(folders):
     big = teacher(folders)
     torch.manual_seed(7)

@@ -15,7 +15,16 @@ from transformers import TrainerCallback
 
 from lead_kd.cache import text_key
 from lead_kd.candidates import candidate_mask, own_block
-from lead_kd.objectives import Candidates, Lead, Objective, check_candidates, layers_of
+from lead_kd.minilm import MiniLM
+from lead_kd.objectives import (
+    Candidates,
+    Embedding,
+    Lead,
+    Objective,
+    Regression,
+    check_candidates,
+    layers_of,
+)
 from lead_kd.scorers import Batch, DualEncoder, Scorer, to_device, vector_scores
 from lead_kd.scores import gather_plain
 from lead_kd.selection import LayerSchedule, Strategy
@@ -67,10 +76,10 @@ class LeadLoss(nn.Module):
             else the official scripts' 10.
         temperature: Of the distributions.
         seed: Of the draws.
-        objective: Another objective in the place of LEAD, for comparison.
+        objective: Another objective in the place of LEAD, for comparison; one that reads scores alone.
 
     Raises:
-        InputError: Models do not fit.
+        InputError: Models do not fit, or the objective trains the teacher or reads features.
 
     Source: Sun et al., WSDM 2024, arXiv 2212.05225.
     """
@@ -100,6 +109,12 @@ class LeadLoss(nn.Module):
         if layer_temperature is None:
             layer_temperature = default_layer_temperature(teacher)
         self.objective = objective or Lead(layer_temperature, temperature)
+        if self.objective.co_train or isinstance(self.objective, MiniLM | Embedding | Regression):
+            raise InputError(
+                "only reads scores of a frozen teacher; train with lead_kd.distill",
+                field="objective",
+                value=type(self.objective).__name__,
+            )
         self.step = 0
         self.log: dict[str, float] = {}
 

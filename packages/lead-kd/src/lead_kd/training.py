@@ -187,8 +187,6 @@ def distill(
                 trained.history.append(_record(finished, loss, pairs, recipe.rate(step)))
             if on_step is not None:
                 on_step(finished, loss)
-            if finished % recipe.checkpoint_every == 0 or finished == recipe.steps:
-                save(finished)
             every = recipe.evaluate_every
             if (
                 evaluate is not None
@@ -197,6 +195,9 @@ def distill(
             ):
                 student.eval()
                 trained.evaluations[finished] = evaluate()
+            # After the evaluation: a run that is killed in it does it again.
+            if finished % recipe.checkpoint_every == 0 or finished == recipe.steps:
+                save(finished)
     student.eval()
     return trained
 
