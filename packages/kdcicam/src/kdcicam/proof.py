@@ -127,7 +127,8 @@ def _about(sizes: Sizes) -> dict[str, Any]:
         "start": "weights of a network trained on other digits on the same grounds without contexts; all "
         "arms start there, as the paper's start from ImageNet's",
         "steps": f"{COMMON['epochs']} epochs of batches of {COMMON['batch_size']} for every arm",
-        "chosen on": "thresholds on each seed's validation images; settings on scenes of other seeds",
+        "chosen on": "thresholds on each seed's validation images; teachers' settings on scenes of one other "
+        "seed, its test slices in view; the final distillation settings were not tried beforehand",
     }
 
 

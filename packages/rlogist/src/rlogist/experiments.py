@@ -62,7 +62,8 @@ NETWORKS = Architecture(
 class Sizes:
     """How large the proof is.
 
-    Settings were chosen on slides of other seeds than the proof's, before the proof's were made.
+    The world and most settings were chosen on slides of other seeds than the proof's. Stage A's early stop
+    was not: tried on such slides afterwards, it ends training too soon there.
 
     Args:
         starts: Initial weights of stage A that validation slides choose from.
