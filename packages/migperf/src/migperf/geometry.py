@@ -1,7 +1,6 @@
 """Geometries: sets of instances on one device, whether they can exist together, and all that can."""
 
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +97,13 @@ class Geometry:
                 )
             slots += [Slot(known.profile(match[1]), int(match[2]) if match[2] else None)] * int(match[3] or 1)
         return cls(known, tuple(slots))
+
+    @classmethod
+    def ordered(cls, layout: Layout, slots: tuple[Slot, ...]) -> "Geometry":
+        """Return the geometry of slots that are in order already: enumeration makes thousands."""
+        geometry = object.__new__(cls)
+        geometry.__dict__.update(layout=layout, slots=slots)
+        return geometry
 
     def __str__(self) -> str:
         return ",".join(map(str, self.slots)) or EMPTY
@@ -257,57 +263,65 @@ def _selection(known: Layout, profiles: Literal["base", "all"] | Sequence[str]) 
 def _enumerate(
     known: Layout, profiles: tuple[Profile, ...], maximal: bool, legacy: bool
 ) -> tuple[Geometry, ...]:
-    slots = sorted((Slot(p, s) for p in profiles for s in p.starts), key=lambda s: (s.cells.start, s.order))
-    states = _states(slots, known.refused_before_r510 if legacy else ())
-    if maximal:
-        states = _without_room(states, slots)
-    return tuple(Geometry(known, state) for state in states)
+    slots = sorted((Slot(p, s) for p in profiles if p.maximum for s in p.starts), key=attrgetter("order"))
+    states = _states(slots, known.refused_before_r510 if legacy else (), maximal)
+    return tuple(Geometry.ordered(known, state) for state in states)
 
 
-def _states(slots: Sequence[Slot], refused: Sequence[tuple[int, int]]) -> list[tuple[Slot, ...]]:
-    """Return all sets of disjoint slots within the maxima, by depth-first search along the memory axis."""
-    count = len(slots)
-    # A slot can only be followed by one that begins where it ends or later.
-    starts = [slot.cells.start for slot in slots]
-    follow = [bisect_left(starts, slot.cells.stop) for slot in slots]
-    room = Counter({slot.profile.id: slot.profile.maximum for slot in slots})
-    media = 1
+def _states(
+    slots: Sequence[Slot], refused: Sequence[tuple[int, int]], maximal: bool
+) -> list[tuple[Slot, ...]]:
+    """Return all sets of slots that can exist together, or the maximal ones, by depth-first search.
+
+    Sets of slots are bits here. Two slots exclude each other where their memory overlaps, where both want the
+    media engines, or where the driver refuses the pair; only a maximum between 1 and the number of starts is
+    counted.
+    """
     apart = {frozenset(pair) for pair in refused}
+    beside = [
+        sum(1 << index for index, other in enumerate(slots) if _side_by_side(slot, other, apart))
+        for slot in slots
+    ]
+    counted = [1 < slot.profile.maximum < len(slot.profile.starts) for slot in slots]
     states: list[tuple[Slot, ...]] = []
+    visited = 0
 
-    def grow(state: tuple[Slot, ...], first: int) -> None:
-        nonlocal media
-        states.append(state)
-        if len(states) > LIMIT:
+    def grow(state: tuple[Slot, ...], free: int, later: int) -> None:
+        """Go on from a state: `free` are the slots that can be added, `later` those to try from here."""
+        nonlocal visited
+        visited += 1
+        if visited > LIMIT:
             raise GeometryError(f"more than {LIMIT} geometries: name the profiles to enumerate")
-        for index in range(first, count):
-            slot = slots[index]
-            profile = slot.profile
-            if not room[profile.id] or (profile.media and not media):
-                continue
-            if apart and any({profile.id, other.profile.id} in apart for other in state):
-                continue
-            room[profile.id] -= 1
-            media -= profile.media
-            grow((*state, slot), follow[index])
-            room[profile.id] += 1
-            media += profile.media
+        if not (maximal and free):
+            states.append(state)
+        while later:
+            bit = later & -later
+            later ^= bit
+            index = bit.bit_length() - 1
+            room = beside[index]
+            if counted[index]:
+                room &= _below_maximum(slots, (*state, slots[index]))
+            grow((*state, slots[index]), free & room, later & room)
 
-    grow((), 0)
+    everything = (1 << len(slots)) - 1
+    grow((), everything, everything)
     return states
 
 
-def _without_room(states: Sequence[tuple[Slot, ...]], slots: Sequence[Slot]) -> list[tuple[Slot, ...]]:
-    """Return the states that are no other state less one slot (every subset of a state is a state)."""
-    bit = {id(slot): 1 << index for index, slot in enumerate(slots)}
-    extendable: set[int] = set()
-    keys: list[int] = []
-    for state in states:
-        bits = [bit[id(slot)] for slot in state]
-        key = sum(bits)
-        keys.append(key)
-        extendable.update(key ^ one for one in bits)
-    return [state for state, key in zip(states, keys, strict=True) if key not in extendable]
+def _side_by_side(first: Slot, second: Slot, apart: set[frozenset[int]]) -> bool:
+    """Whether two slots can exist together."""
+    one, other = first.profile, second.profile
+    if first.mask & second.mask or (one.media and other.media) or (one.id == other.id and one.maximum < 2):
+        return False
+    return frozenset((one.id, other.id)) not in apart
+
+
+def _below_maximum(slots: Sequence[Slot], state: Sequence[Slot]) -> int:
+    """Return the slots of whose profile there may be one more, as bits."""
+    there = Counter(slot.profile.id for slot in state)
+    return sum(
+        1 << index for index, slot in enumerate(slots) if there[slot.profile.id] < slot.profile.maximum
+    )
 
 
 def _multisets(geometries: Iterable[Geometry]) -> tuple[Geometry, ...]:
