@@ -12,7 +12,7 @@ import pytest
 import typer.main
 import yaml
 
-from migperf import cli, records
+from migperf import cli, records, sharing
 from shared_core import testing
 
 COMMANDS = [
@@ -292,8 +292,8 @@ def test_real_and_simulated_records_share_a_page_only_when_asked(capsys, tmp_pat
 
 
 def test_cells_that_tell_nothing_end_with_exit_code_5(capsys, tmp_path):
-    sweep = ("sweep", "--out", tmp_path, "--geometry", "1c", "--workload", "sleep:300ms", "--repeats", 1)
-    code, out, err = call(capsys, *sweep, "--duration", 0.3)
+    sweep = ("sweep", "--out", tmp_path, "--geometry", "1c", "--workload", "sleep:60ms", "--repeats", 1)
+    code, out, err = call(capsys, *sweep, "--duration", 0.05)  # shorter than a step
     assert code == 5
     assert "insufficient" in out
     assert "tell nothing" in err
@@ -306,7 +306,13 @@ def test_the_ways_to_share_a_cpu_are_compared(capsys, tmp_path):
     assert code in (0, 5)  # 5: the machine that runs the tests is busy
     for way in ("1c*2" if "1c*2" in out else "1c@0,1c@1", "unpinned x2", "unpinned-matched x2"):
         assert way in out
-    assert {r.mode for r in records.read(tmp_path)} == {"whole", "partition", "unpinned", "unpinned-matched"}
+    rates = {}
+    for record in records.read(tmp_path):
+        rates.setdefault(record.mode, []).append(record.items_per_second)
+    workers = {mode: len(some) for mode, some in rates.items()}
+    assert workers == {"whole": 1, "partition": 2, "unpinned": 2, "unpinned-matched": 2}
+    # sleepers do not disturb one another: two of them do twice the work
+    assert sharing.gain(rates["partition"], rates["whole"][0]) == pytest.approx(2, rel=0.25)
 
 
 def test_probes_answer_from_the_command(capsys):

@@ -10,7 +10,6 @@ from migperf.backends.cpu import CpuBackend
 from migperf.backends.opening import open as open_device
 from migperf.errors import DeviceError
 from migperf.profiles import Layout, Profile
-from migperf.records import read
 from migperf.sharing import Arrangement, arrangements, gain, interference, jain, scaling_efficiency, share
 from migperf.workloads import parse, sleep
 from shared_core import InputError
@@ -28,20 +27,6 @@ def test_on_a_cpu_the_partition_meets_both_unpinned_rivals():
     with ways["partition"].enter() as (instances, _):
         assert {len(instance.handle["cpus"]) for instance in instances} != {0}
         assert not set(instances[0].handle["cpus"]) & set(instances[1].handle["cpus"])
-
-
-def test_sharing_measures_each_arrangement_and_keeps_the_records(tmp_path):
-    backend = CpuBackend()
-    if len(backend.cores) < 2:
-        pytest.skip("needs two cores")
-    results = share(backend, sleep("5ms"), 2, duration=0.15, repeats=1, folder=tmp_path)
-    assert {name: len(result.records) for name, result in results.items()} == {
-        "whole": 1, "partition": 2, "unpinned": 2, "unpinned-matched": 2
-    }  # fmt: skip
-    assert {r.mode for r in read(tmp_path)} == {"whole", "partition", "unpinned", "unpinned-matched"}
-    # sleepers do not disturb one another: two of them do twice the work
-    rates = {name: result.summary()["items_per_second"] for name, result in results.items()}
-    assert gain([rates["partition"]], rates["whole"]) == pytest.approx(2, rel=0.25)
 
 
 @dataclass

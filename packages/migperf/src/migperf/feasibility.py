@@ -96,21 +96,21 @@ def estimated_latency_ms(cell: Cell, rate: float, percentile: int) -> Spread:
     p99 = cell.service_ms.get("p99", service)
     service_variation = (max(0.0, p99.middle - service.middle) / (2.326 * service.middle)) ** 2
     variation = (1 / cell.batch + service_variation) / 2
-
-    def at(capacity: float, step: float, end: float) -> float:
-        utilisation = rate / capacity
-        if utilisation >= 1:
-            return math.inf
-        mean_over_utilisation = variation / (1 - utilisation) * step
-        tail = math.log(max(1.0, utilisation / (1 - percentile / 100)))
-        return max(2 * step, end + mean_over_utilisation * tail)
-
     return Spread(
-        at(throughput.middle, service.middle, own.middle),
-        at(throughput.high, service.low, own.low),
-        at(throughput.low, service.high, own.high),
+        _response(rate / throughput.middle, service.middle, own.middle, variation, percentile),
+        _response(rate / throughput.high, service.low, own.low, variation, percentile),
+        _response(rate / throughput.low, service.high, own.high, variation, percentile),
         0,
     )
+
+
+def _response(utilisation: float, step: float, own: float, variation: float, percentile: int) -> float:
+    """Return the percentile of wait and step; infinite where the queue grows without end."""
+    if utilisation >= 1:
+        return math.inf
+    mean_over_utilisation = variation / (1 - utilisation) * step
+    tail = math.log(max(1.0, utilisation / (1 - percentile / 100)))
+    return max(2 * step, own + mean_over_utilisation * tail)
 
 
 def services(job: InferenceJob, profile: Profile, table: Table) -> tuple[list[Service], list[str]]:
@@ -158,19 +158,19 @@ def _capacity(job: InferenceJob, profile: Profile, cell: Cell) -> Service:
 
 def _estimated_capacity(job: InferenceJob, cell: Cell) -> float:
     """Return the largest rate of utilisation 0.8 at most whose estimated latency keeps the objective."""
-
-    def kept(rate: float) -> bool:
-        return estimated_latency_ms(cell, rate, job.percentile).middle <= job.slo_ms
-
     low, high = 0.0, MOST_UTILISATION * (cell.throughput.middle if cell.throughput else 0.0)
-    if kept(high):
+    if _kept(job, cell, high):
         return high
-    if not kept(low):
+    if not _kept(job, cell, low):
         return 0.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if kept(middle) else (low, middle)
+        low, high = (middle, high) if _kept(job, cell, middle) else (low, middle)
     return low
+
+
+def _kept(job: InferenceJob, cell: Cell, rate: float) -> bool:
+    return estimated_latency_ms(cell, rate, job.percentile).middle <= job.slo_ms
 
 
 def _least_latency(job: InferenceJob, cell: Cell) -> str:
@@ -188,12 +188,12 @@ def _least_latency(job: InferenceJob, cell: Cell) -> str:
 def choose(ways: Sequence[Service], rate: float) -> Service:
     """Return how an instance serves its share of a rate: measured before estimated, then least latency."""
     able = [way for way in ways if way.capacity >= rate * (1 - 1e-9)]
+    return min(able, key=lambda way: _preference(way, rate))
 
-    def rank(way: Service) -> tuple[bool, bool, float, int]:
-        latency, evidence = way.latency_ms(rate)
-        return evidence != "measured", way.cell.source != "measured", latency.middle, way.cell.batch
 
-    return min(able, key=rank)
+def _preference(way: Service, rate: float) -> tuple[bool, bool, float, int]:
+    latency, evidence = way.latency_ms(rate)
+    return evidence != "measured", way.cell.source != "measured", latency.middle, way.cell.batch
 
 
 def trainings(

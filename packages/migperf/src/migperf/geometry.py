@@ -277,11 +277,7 @@ def _states(
     media engines, or where the driver refuses the pair; only a maximum between 1 and the number of starts is
     counted.
     """
-    apart = {frozenset(pair) for pair in refused}
-    beside = [
-        sum(1 << index for index, other in enumerate(slots) if _side_by_side(slot, other, apart))
-        for slot in slots
-    ]
+    beside = _beside(slots, {frozenset(pair) for pair in refused})
     counted = [1 < slot.profile.maximum < len(slot.profile.starts) for slot in slots]
     states: list[tuple[Slot, ...]] = []
     visited = 0
@@ -308,12 +304,18 @@ def _states(
     return states
 
 
-def _side_by_side(first: Slot, second: Slot, apart: set[frozenset[int]]) -> bool:
-    """Whether two slots can exist together."""
-    one, other = first.profile, second.profile
-    if first.mask & second.mask or (one.media and other.media) or (one.id == other.id and one.maximum < 2):
-        return False
-    return frozenset((one.id, other.id)) not in apart
+def _beside(slots: Sequence[Slot], apart: set[frozenset[int]]) -> list[int]:
+    """Return for each slot those that can exist together with it, as bits."""
+    known = [(slot.mask, slot.profile.id, slot.profile.media, slot.profile.maximum) for slot in slots]
+    found: list[int] = []
+    for mask, one, media, maximum in known:
+        bits = 0
+        for index, (taken, other, also, _) in enumerate(known):
+            excluded = mask & taken or (media and also) or (one == other and maximum < 2)
+            if not excluded and (not apart or frozenset((one, other)) not in apart):
+                bits |= 1 << index
+        found.append(bits)
+    return found
 
 
 def _below_maximum(slots: Sequence[Slot], state: Sequence[Slot]) -> int:

@@ -168,11 +168,8 @@ def _taste(mix: Mix, owned: Sequence[Counts], site: Site) -> tuple[int, ...]:
 
 def best_site(states: Sequence[Geometry], live: Geometry) -> Site:
     """Return the placement that leaves fewest slices unusable, then changes fewest live instances."""
-
-    def order(site: Site) -> tuple[tuple[int, int], list[int]]:
-        return site.rank, [-slot.cells.start for slot in site.geometry.slots]
-
-    return max((site_of(state, live) for state in states), key=order)
+    sites = (site_of(state, live) for state in states)
+    return max(sites, key=lambda site: (site.rank, [-slot.cells.start for slot in site.geometry.slots]))
 
 
 def site_of(geometry: Geometry, live: Geometry) -> Site:
