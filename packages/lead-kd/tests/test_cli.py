@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 from test_readme import a_users_folder
 
-from lead_kd import cli
+from lead_kd import cli, jobs
 from lead_kd.embeddings import encode_corpus, load_embeddings
 from lead_kd.jobs import load_dual_encoder
 from lead_kd.readers import load_data
@@ -106,6 +107,76 @@ def test_runs_are_compared_query_by_query(folder, capsys):
     assert run("search", "--data", "my-data", "--model", "my-teacher", "--embeddings", "other", "--out", "x",
                "--device", "cpu") == 2  # fmt: skip
     assert "other: holds vectors of another model than my-teacher" in capsys.readouterr().err
+
+
+def test_any_queries_are_searched_and_no_judgement_is_needed_to_encode(folder, capsys):
+    for file in Path("my-data/qrels").iterdir():
+        file.unlink()
+    Path("my-data/queries.jsonl").unlink()
+    texts = ("--passage-length", "5", "--device", "cpu")
+    assert run("encode", "--data", "my-data", "--model", "my-teacher", "--out", "v", *texts) == 0
+    assert "note: 60 of the first 60 passages are cut at 5 tokens." in capsys.readouterr().err
+    Path("asked.tsv").write_text("a\twhat shines\nb\twhat melts\n")
+    Path("asked.jsonl").write_text(
+        '{"_id": "a", "text": "what shines"}\n{"_id": "b", "text": "what melts"}\n'
+    )
+    search = ("search", "--model", "my-teacher", "--embeddings", "v", "--device", "cpu", "--k", "3")
+    for name in ("asked.tsv", "asked.jsonl"):
+        assert run(*search, "--queries", name, "--out", f"{name}.run") == 0
+    assert Path("asked.tsv.run").read_text() == Path("asked.jsonl.run").read_text()
+    assert len(Path("asked.tsv.run").read_text().splitlines()) == 6
+    assert run(*search, "--out", "x") == 2
+    assert "--queries: expected one of --data and --queries" in capsys.readouterr().err
+    assert run(*search, "--queries", "asked.tsv", "--out", "x", "--nprobe", "4") == 2
+    assert "--nprobe: is for --faiss alone" in capsys.readouterr().err
+
+
+def test_vectors_of_other_texts_under_the_same_ids_are_refused(folder, capsys):
+    encode = ("encode", "--data", "my-data", "--model", "my-teacher", "--out", "v", "--device", "cpu")
+    assert run(*encode) == 0
+    corpus = Path("my-data/corpus.jsonl")
+    corpus.write_text(corpus.read_text().replace("the old moon shines 7", "another text"))
+    assert run(*encode) == 2
+    assert "v: holds vectors of other corpus; name another folder" in capsys.readouterr().err
+
+
+def test_what_is_cut_and_masked_is_told(folder, capsys):
+    assert run(*TRAIN, "--steps", "2", "--query-length", "4", "--out", "run") == 0
+    told = capsys.readouterr()
+    assert "note: 20 of the first 40 queries are cut at 4 tokens." in told.err
+    corpus = Path("my-data/corpus.jsonl")
+    corpus.write_text(corpus.read_text().replace('shines 1"', 'shines 2"'))
+    assert run(*TRAIN, "--steps", "12", "--batch-size", "40", "--out", "again") == 0
+    assert "candidates, copies or other positives of the same query" in capsys.readouterr().out
+
+
+def test_a_cosine_model_keeps_its_order_and_a_raw_one_is_saved_with_dot_products(folder):
+    cosine = SentenceTransformer("my-teacher", device="cpu")
+    del cosine[2]
+    cosine.save("cosine")  # its configuration says cosine, which is what the library takes by default
+    loaded = load_dual_encoder("cosine", "cpu")
+    np.testing.assert_allclose(np.linalg.norm(loaded.encode(["the moon"]), axis=1), 1, rtol=1e-5)
+    common = ("train", "--data", "my-data", "--objective", "none", "--steps", "1", "--device", "cpu")
+    assert run(*common, "--batch-size", "4", "--student", "bert", "--out", "raw") == 0
+    assert SentenceTransformer("raw/student", device="cpu").similarity_fn_name == "dot"
+
+
+def test_a_students_folder_is_replaced_whole(folder, monkeypatch):
+    model = load_dual_encoder("my-teacher", "cpu")
+    jobs._save(model, Path("best"))
+    jobs._save(model, Path("best"))
+    before = sorted(path.name for path in Path("best").iterdir())
+
+    def half(path, **options):
+        Path(path).mkdir()
+        Path(path, "half").touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(model, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        jobs._save(model, Path("best"))
+    assert sorted(path.name for path in Path("best").iterdir()) == before
+    assert not Path(".best.old").exists()
 
 
 NO_STUDENT = ("train", "--data", "my-data", "--student", "nothing-here", "--teacher", "my-teacher")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,6 +239,21 @@ def test_positives_are_drawn_where_asked_for():
     sampler = Sampler(toy(), 10, 0, shuffle_positives=True)
     seen = {int(row) for step in range(8) for row in sampler.group(step).passage_ids}
     assert seen == set(range(20))
+
+
+def test_the_fingerprint_tells_data_apart():
+    whole = toy()
+    first = Sampler(whole, 2).fingerprint()
+    assert Sampler(toy(), 2, seed=5).fingerprint() == first
+    texts = list(whole.corpus)
+    texts[20] += "!"
+    for changed in (
+        replace(whole, negatives={**whole.negatives, "q3": ["d30"]}),
+        replace(whole, queries={**whole.queries, "q3": "another"}),
+        replace(whole, qrels={**whole.qrels, "q3": {"d3": 1}}),
+        replace(whole, corpus=Corpus(whole.corpus.ids, texts)),
+    ):
+        assert Sampler(changed, 2).fingerprint() != first
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,27 @@ def test_copies_and_other_positives_of_the_same_query_are_no_candidates(folders)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_several_negatives_are_in_the_order_of_a_step(folders):
+    model = dual_encoder(folders[0], "mean", normalize=True).eval()
+    teacher = DualEncoder(dual_encoder(folders[1]).eval())
+    rows = {
+        "query": QUERIES[:2],
+        "positive": PASSAGES[:2],
+        "negative_1": PASSAGES[2:4],
+        "negative_2": PASSAGES[4:6],
+    }
+    loss = LeadLoss(model, teacher, pairs=1, layer_temperature=2.0)
+    found = loss(batch_of(model, rows))
+    student, passages = DualEncoder(model), [PASSAGES[n] for n in (0, 2, 4, 1, 3, 5)]
+    with torch.no_grad():
+        scores, told = (one(one.collate(QUERIES[:2], passages)) for one in (student, teacher))
+    terms = lead_loss(
+        scores.layers, told.layers, torch.tensor([0, 3]), loss.schedule.pairs(0), layer_temperature=2.0,
+        student_final=scores.final, teacher_final=told.final,
+    )  # fmt: skip
+    assert found.item() == pytest.approx(terms.total.item(), rel=1e-5)
+
+
 def test_a_cross_encoder_teaches_too(folders):
     model = dual_encoder(folders[0])
     loss = LeadLoss(model, CrossEncoderScorer(cross_encoder(folders[2])))
@@ -126,6 +147,39 @@ def test_the_trainer_trains_only_the_student_and_draws_pairs_anew(folders, tmp_p
         atol=1e-6,
     )
     assert not loaded[0].model.config.output_hidden_states
+
+
+def test_accumulated_batches_have_the_same_pairs_and_prompts_stay_the_students(folders, tmp_path):
+    model, teacher = dual_encoder(folders[0]), DualEncoder(dual_encoder(folders[1]))
+    loss = LeadLoss(model, teacher, pairs=1, every=1, seed=2)
+    steps, told, read = [], [], []
+    schedule, collate, preprocess = loss.schedule, teacher.collate, model.preprocess
+
+    class Watched:
+        def pairs(self, step):
+            steps.append(step)
+            return schedule.pairs(step)
+
+    def watched(queries, passages):
+        told.extend(queries)
+        return collate(queries, passages)
+
+    def seen(texts, *rest, **more):
+        read.append((tuple(texts), more.get("prompt")))
+        return preprocess(texts, *rest, **more)
+
+    loss.schedule, teacher.collate = Watched(), watched
+    options = arguments(tmp_path, 2, gradient_accumulation_steps=2, prompts={"query": "what "})
+    options.per_device_train_batch_size = 2
+    trainer = SentenceTransformerTrainer(
+        model, options, Dataset.from_dict(ROWS), loss=loss, data_collator=LeadDataCollator(seen)
+    )
+    follow_steps(trainer, loss)
+    trainer.train()
+    assert steps == [0, 0, 1, 1]
+    assert set(told) == set(QUERIES)  # without the student's prompt
+    assert {prompt for texts, prompt in read if set(texts) <= set(QUERIES)} == {"what "}
+    assert {prompt for texts, prompt in read if set(texts) <= set(PASSAGES)} <= {None, ""}
 
 
 def test_a_cache_teaches_in_the_trainer(folders, tmp_path):

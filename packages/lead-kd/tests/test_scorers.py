@@ -14,13 +14,13 @@ from tiny_models import (
     save_bert,
     save_distilbert,
 )
-from transformers import AutoModelForSequenceClassification, ElectraConfig, RobertaConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lead_kd.candidates import candidate_mask, own_block
 from lead_kd.losses import lead_loss
 from lead_kd.objectives import Candidates, check_candidates
 from lead_kd.pruning import prune_layers
-from lead_kd.scorers import ColBERT, CrossEncoderScorer, DualEncoder, _head
+from lead_kd.scorers import ColBERT, CrossEncoderScorer, DualEncoder, _head, count_cut
 from lead_kd.scores import layer_distributions, layer_scores, maxsim
 from shared_core import InputError
 
@@ -106,6 +106,49 @@ def test_the_models_configuration_is_left_as_it_was(bert):
     assert model[0].model.config.output_hidden_states is False
 
 
+def test_a_model_that_does_not_normalize_is_told_that_it_ranks_by_dot_products(bert):
+    model = dual_encoder(bert)
+    DualEncoder(model)
+    assert model.similarity_fn_name == "dot"
+    normalized = dual_encoder(bert, normalize=True)
+    DualEncoder(normalized)
+    assert normalized.similarity_fn_name == "cosine"  # the same order
+    cosine = dual_encoder(bert)
+    cosine.similarity_fn_name = "cosine"
+    with pytest.raises(InputError, match=r"similarity_fn_name: ranks by this.*append a Normalize module"):
+        DualEncoder(cosine)
+
+
+def test_an_encoder_that_shows_no_hidden_states_is_refused(bert, monkeypatch):
+    scorer = DualEncoder(dual_encoder(bert))
+    forward = type(scorer.model[0]).forward
+
+    def hiding(self, features, **more):
+        out = forward(self, features, **more)
+        del out["all_layer_embeddings"]
+        return out
+
+    monkeypatch.setattr(type(scorer.model[0]), "forward", hiding)
+    with pytest.raises(InputError, match="model: shows no hidden states of its layers"):
+        scorer(scorer.collate(QUERIES, PASSAGES))
+
+
+def test_an_empty_text_has_a_vector_too(bert):
+    scorer = DualEncoder(dual_encoder(bert, "mean", normalize=True).eval())
+    with torch.no_grad():
+        scores = scorer(scorer.collate(QUERIES, ["", *PASSAGES[1:]]))
+    assert torch.isfinite(scores.layers).all()
+
+
+def test_texts_that_are_cut_are_counted_with_prompt_and_special_tokens(bert):
+    model = dual_encoder(bert)
+    texts = ["the", "the moon", "the moon shines"]
+    assert [count_cut(model, texts, "document", length) for length in (5, 4, 3, 2)] == [0, 1, 2, 3]
+    model.prompts = {"document": "a "}
+    assert count_cut(model, texts, "document", 5) == 1
+    assert count_cut(model, texts, "query", 5) == 0
+
+
 @pytest.mark.parametrize("expansion", [None, 9])
 def test_colbert_is_the_sum_of_best_matches_and_its_final_score_the_models_own(bert, expansion):
     model = colbert(bert, expansion=expansion).eval()
@@ -161,18 +204,34 @@ def test_a_cross_encoders_head_reads_every_layer_and_only_own_passages(tmp_path)
     assert not scorer.in_batch
 
 
-@pytest.mark.parametrize("kind", [RobertaConfig, ElectraConfig])
-def test_heads_of_other_architectures_give_the_models_own_logits(kind):
-    config = kind(
-        vocab_size=30, hidden_size=16, embedding_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=16, num_labels=1,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("albert", {"embedding_size": 16}),
+        ("bert", {}),
+        ("deberta-v2", {"pooler_hidden_size": 16}),
+        ("distilbert", {"dim": 16, "hidden_dim": 16, "n_layers": 2, "n_heads": 2}),
+        ("electra", {"embedding_size": 16}),
+        ("modernbert", {"classifier_pooling": "cls", "pad_token_id": 0}),
+        ("modernbert", {"classifier_pooling": "mean", "pad_token_id": 0}),
+        ("mpnet", {}),
+        ("roberta", {}),
+    ],
+)
+def test_heads_of_all_architectures_give_the_models_own_logits(kind, more):
+    common = {"vocab_size": 30, "num_labels": 1, "hidden_size": 16, "intermediate_size": 16}
+    config = AutoConfig.for_model(
+        kind, **{**common, "num_hidden_layers": 2, "num_attention_heads": 2, **more}
+    )
     model = AutoModelForSequenceClassification.from_config(config).eval()
     tokens = torch.randint(3, 30, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     with torch.no_grad():
-        logits = model(tokens).logits
-        hidden = getattr(model, model.base_model_prefix)(tokens, output_hidden_states=True).hidden_states
-        torch.testing.assert_close(_head(model)(hidden[-1]), logits)
+        logits = model(tokens, attention_mask=mask).logits
+        backbone = getattr(model, model.base_model_prefix)
+        hidden = backbone(tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        assert len(hidden) == 3
+        torch.testing.assert_close(_head(model)(hidden[-1], mask), logits)
 
 
 def test_a_head_that_is_not_known_is_refused():

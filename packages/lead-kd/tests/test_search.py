@@ -47,6 +47,23 @@ def test_faiss_finds_the_same():
     np.testing.assert_array_equal(search_faiss(p[:6], shards, 10).rows, exact.rows)
     with pytest.raises(InputError, match="factory: faiss refuses this index"):
         search_faiss(p[:6], shards, 10, "NoSuchIndex")
+    with pytest.raises(InputError, match="factory: faiss refuses this index"):
+        search_faiss(p[:6], shards, 10, "Flat", nprobe=3)  # has no lists
+
+
+def test_an_ivf_index_is_trained_on_all_shards_and_searches_as_many_lists_as_asked():
+    p = np.concatenate([vectors(600, 3) + 5, vectors(600, 4) - 5])  # sorted: the first block is one half
+    shards = Embeddings([str(n) for n in range(1200)], [p[:600], p[600:]])
+    np.testing.assert_array_equal(shards.rows(np.array([1, 599, 600, 1199])), p[[1, 599, 600, 1199]])
+    exact = search(p[:40], shards, 5).rows
+    few, all_lists = (
+        search_faiss(p[:40], shards, 5, "IVF16,Flat", block=300, nprobe=lists, train_on=900).rows
+        for lists in (1, 16)
+    )
+    np.testing.assert_array_equal(all_lists, exact)
+    assert not np.array_equal(few, exact)
+    with pytest.raises(InputError, match="search more lists"):
+        search_faiss(p[:2], shards, 1000, "IVF16,Flat", nprobe=1)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_data import worded
 from tiny_models import (
+    PASSAGES,
+    QUERIES,
     WORDS,
     colbert,
     cross_encoder,
@@ -24,9 +28,11 @@ from tiny_models import (
 )
 
 from lead_kd.cache import CachedTeacher, TeacherCache, build_cache, fingerprint
+from lead_kd.checkpoints import read_checkpoint, write_checkpoint
+from lead_kd.corpus import Corpus
 from lead_kd.jobs import LayerOptions, make_objective
 from lead_kd.losses import lead_loss
-from lead_kd.objectives import Lead
+from lead_kd.objectives import Contrastive, Lead
 from lead_kd.sampling import Sampler
 from lead_kd.scorers import ColBERT, CrossEncoderScorer, DualEncoder
 from lead_kd.selection import LayerSchedule
@@ -112,6 +118,25 @@ def test_a_step_is_adamw_on_the_loss_with_warm_up_clipping_and_linear_decay(fold
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_passage_under_two_ids_is_one_candidate(folders):
+    """Its second id is neither another candidate nor, where the first is a positive, a negative."""
+    plain = worded(negatives=1)
+    texts = list(plain.corpus)
+    hard = [plain.corpus.row(names[0]) for names in plain.negatives.values()]
+    texts[hard[0]] = texts[0]  # the hard negative of the first query says what its positive says
+    texts[hard[1]] = texts[hard[2]]
+    data = replace(plain, corpus=Corpus(plain.corpus.ids, texts))
+    small, objective = student(folders), Contrastive()
+
+    def masked(data):
+        return distill(small, None, objective, Sampler(data, 10, 1), Recipe(1, lr=1e-9)).masked
+
+    assert masked(plain) == 0
+    # Of the first query both copies but its target; for the others the positive's copy in column 1; and the
+    # second of the two equal negatives for all ten.
+    assert masked(data) == 10 + 10
+
+
 def test_accumulated_groups_make_the_gradient_of_their_mean(folders):
     big = teacher(folders)
     model = student(folders, dropout=False)
@@ -124,8 +149,22 @@ def test_accumulated_groups_make_the_gradient_of_their_mean(folders):
         sampler,
         Recipe(1, lr=1e-3, accumulate=3),
     )
-    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert any("layer.0" in name for name in moved)
+    single, gradients = student(folders, dropout=False), []
+    for group in (sampler.group(number) for number in range(3)):
+        scores = single(single.collate(group.queries, group.passages)).final
+        loss = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 2])) / 3
+        gradients.append(torch.autograd.grad(loss, list(single.parameters()), allow_unused=True))
+    signs = 0
+    for (name, _), *parts in zip(single.named_parameters(), *gradients, strict=True):
+        if parts[0] is None or name.endswith("key.bias"):
+            continue
+        # Adam's first step is the rate times the sign of the gradient.
+        total = torch.stack(parts).sum(0)
+        clear = total.abs() > 1e-4
+        moved = (dict(model.named_parameters())[name] - before[name])[clear]
+        assert torch.equal(moved.sign(), -total[clear].sign()), name
+        signs += int(clear.sum())
+    assert signs > 1000
 
 
 @pytest.mark.parametrize("co_train", [False, True])
@@ -346,47 +385,101 @@ def test_a_loss_that_is_no_number_stops_the_run(folders):
 
 
 WORK = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from test_data import worded
-from tiny_models import dual_encoder
-from lead_kd.objectives import Lead
-from lead_kd.sampling import Sampler
-from lead_kd.scorers import DualEncoder
-from lead_kd.selection import LayerSchedule
-from lead_kd.training import Recipe, distill
-world = int(os.environ.get("WORLD_SIZE", 1))
-names = ("student", "teacher")
-models = [DualEncoder(dual_encoder({root!r} + "/" + name, "mean", normalize=True)) for name in names]
-for part in models[0].modules():
-    if isinstance(part, torch.nn.Dropout):
-        part.p = 0.0
-distill(
-    *models, Lead(1.0, reweight=False), Sampler(worded(), 4 // world, 1, processes=world),
-    Recipe(3, lr=1e-3, log_every=1), LayerSchedule(4, 2, 2, every=2), out={out!r},
-)
+from test_training import two_process_cases, run_case
+from lead_kd.training import Recipe
+for name in two_process_cases if {case!r} == "all" else [{case!r}]:
+    run_case(
+        name, {root!r}, {out!r} + "/" + name, int(os.environ.get("WORLD_SIZE", 1)), {recipe},
+        on_step=lambda step, loss: time.sleep({pause}),
+    )
 """
 
+two_process_cases = ("frozen", "co-trained", "colbert", "cross", "regression", "trainer")
 
-def start(tests, folders, out, **environment):
-    code = WORK.format(tests=str(tests), root=str(folders["student"].parent), out=str(out))
+
+def run_case(name, root, out, world, recipe, **options):
+    """Train with half of the queries a process, or with all in one."""
+    torch.manual_seed(0)
+    small = DualEncoder(dual_encoder(f"{root}/student", "mean", normalize=True))
+    for part in small.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    if name == "colbert":
+        big = ColBERT(colbert(f"{root}/teacher"))
+    elif name == "cross":
+        big = CrossEncoderScorer(cross_encoder(f"{root}/cross"))
+    else:
+        big = DualEncoder(dual_encoder(f"{root}/teacher", "mean", normalize=True))
+    for part in big.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    if name == "trainer":
+        return run_trainer(small, big, out, world)
+    co_train = name == "co-trained"
+    # A process weights layers by its own queries, as released: with equal weights both are the same loss.
+    objective = (
+        make_objective("regression", small, big, LayerOptions(), co_train=False, seed=0)
+        if name == "regression"
+        else Lead(1.0, co_train=co_train, reweight=False)
+    )
+    return distill(
+        small, big, objective, Sampler(worded(), 4 // world, 1, processes=world), recipe,
+        LayerSchedule(big.n_layers, 2, 2, every=2), co_train=co_train, out=out, **options,
+    )  # fmt: skip
+
+
+def run_trainer(small, big, out, world):
+    """LeadLoss: the same query stands in both processes, with two positives."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    from lead_kd.sbert import LeadDataCollator, LeadLoss, follow_steps
+
+    loss = LeadLoss(small.model, big, objective=Lead(1.0, reweight=False), pairs=2, every=1)
+    rows = {
+        "query": [QUERIES[0], QUERIES[1], QUERIES[0], QUERIES[3]],
+        "positive": [PASSAGES[0], PASSAGES[2], PASSAGES[4], PASSAGES[6]],
+        "negative": [PASSAGES[1], PASSAGES[3], PASSAGES[5], PASSAGES[7]],
+    }
+    trainer = SentenceTransformerTrainer(
+        small.model,
+        SentenceTransformerTrainingArguments(
+            out, max_steps=3, per_device_train_batch_size=4 // world, report_to="none", use_cpu=True,
+            learning_rate=1e-3, disable_tqdm=True, save_strategy="no", max_grad_norm=0, seed=1,
+        ),
+        Dataset.from_dict(rows), loss=loss, data_collator=LeadDataCollator(small.model.preprocess),
+    )  # fmt: skip
+    follow_steps(trainer, loss)
+    trainer.train()
+    if int(os.environ.get("RANK", 0)) == 0:
+        weights = {f"module.{name}": value for name, value in small.model.state_dict().items()}
+        Path(out).mkdir(parents=True, exist_ok=True)
+        save_file({name: value.clone() for name, value in weights.items()}, Path(out) / CHECKPOINT)
+
+
+def start(folders, out, case="all", recipe="Recipe(3, lr=1e-3, log_every=1)", pause=0, **environment):
+    code = WORK.format(
+        tests=str(Path(__file__).parent), root=str(folders["student"].parent), out=str(out), case=case,
+        recipe=recipe, pause=pause,
+    )  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
     )
 
 
-def test_two_processes_train_as_one_with_all_queries(folders, tmp_path):
-    """Gradients of gathered candidates are averaged over processes: the student is the same."""
+@pytest.fixture(scope="module")
+def one_and_two(folders, tmp_path_factory):
+    """The cases in one process, and the same in two."""
     import socket
-
-    from safetensors.torch import load_file
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    tests = Path(__file__).parent
+    out = tmp_path_factory.mktemp("processes")
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
@@ -394,34 +487,46 @@ def test_two_processes_train_as_one_with_all_queries(folders, tmp_path):
         "ACCELERATE_TORCH_BACKEND": "gloo",
     }
     running = [
-        start(tests, folders, tmp_path / "two", **common, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in range(2)
+        start(folders, out / "two", **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
     ]
-    running.append(start(tests, folders, tmp_path / "one"))
+    running.append(start(folders, out / "one"))
     assert [process.wait(300) for process in running] == [0, 0, 0]
-    one, two = (load_file(tmp_path / name / CHECKPOINT) for name in ("one", "two"))
+    return out
+
+
+@pytest.mark.parametrize("case", two_process_cases)
+def test_two_processes_train_as_one_with_all_queries(one_and_two, case):
+    """Gradients of gathered candidates are averaged over processes: student and teacher are the same."""
+    one, two = (load_file(one_and_two / name / case / CHECKPOINT) for name in ("one", "two"))
     assert one.keys() == two.keys()
+    assert any(name.startswith("module.teacher") for name in one) == (case == "co-trained")
     for name, value in one.items():
         # Keys' biases shift all scores of a softmax alike: their gradient is rounding, which Adam magnifies.
         if name.startswith("module.") and not name.endswith("key.bias"):
-            torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_killed_process_leaves_a_whole_checkpoint(folders, tmp_path):
-    code = WORK.format(
-        tests=str(Path(__file__).parent), root=str(folders["student"].parent), out=str(tmp_path / "run")
-    )
-    code = code.replace("Recipe(3, lr=1e-3, log_every=1)", "Recipe(100000, lr=1e-3, checkpoint_every=1)")
-    process = subprocess.Popen([sys.executable, "-c", code])
+def test_a_killed_process_is_gone_on_with_to_the_same_bits(folders, tmp_path):
+    root, recipe = folders["student"].parent, Recipe(60, lr=1e-3, checkpoint_every=3)
+    process = start(folders, tmp_path, "frozen", repr(recipe), pause=0.05)
+    checkpoint = tmp_path / "frozen" / CHECKPOINT
     limit = time.monotonic() + 120
-    while not (tmp_path / "run" / CHECKPOINT).exists() and time.monotonic() < limit:
-        time.sleep(0.05)
+    while not checkpoint.exists() and time.monotonic() < limit:
+        time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    from safetensors import safe_open
+    assert process.wait() == -signal.SIGKILL
+    with safe_open(checkpoint, framework="pt") as file:
+        assert 1 <= int(file.metadata()["step"]) < 60
+    run_case("frozen", root, tmp_path / "frozen", 1, recipe, resume=True)
+    run_case("frozen", root, tmp_path / "whole" / "frozen", 1, recipe)
+    again, whole = load_file(checkpoint), load_file(tmp_path / "whole" / "frozen" / CHECKPOINT)
+    assert same(again, whole)
 
-    with safe_open(tmp_path / "run" / CHECKPOINT, framework="pt") as file:
-        about = file.metadata()
-    assert int(about["step"]) >= 1
-    assert json.loads(about["settings"])["objective"] == "Lead"
+
+def test_the_scale_of_float16_losses_is_gone_on_with(tmp_path):
+    scaler, fresh = torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu")
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0, "_growth_tracker": 7})
+    write_checkpoint(tmp_path / "c", 2, {}, {}, {}, scaler)
+    assert read_checkpoint(tmp_path / "c", {}, {}, {}, fresh) == 2
+    assert fresh.state_dict() == scaler.state_dict()

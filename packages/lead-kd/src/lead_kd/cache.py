@@ -11,19 +11,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lead_kd.candidates import Kind, text_key
 from lead_kd.scorers import Batch, DualEncoder, Scorer, to_device, tokens_of, vector_scores
 from lead_kd.scores import Scores, gather_plain
 from shared_core import InputError
 from shared_core.files import atomic_path, write_json
 
-Kind = Literal["query", "passage"]
 _VERSION = 1
 _HEAD, _PROGRESS, _LAYERS, _FINAL, _KEYS = (
     "cache.json",
@@ -32,12 +32,6 @@ _HEAD, _PROGRESS, _LAYERS, _FINAL, _KEYS = (
     "final.npy",
     "keys.npy",
 )
-
-
-def text_key(kind: Kind, text: str) -> int:
-    """Return the 64-bit number under which a text is kept."""
-    digest = hashlib.blake2b(f"{kind}\0{text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def fingerprint(teacher: DualEncoder) -> str:

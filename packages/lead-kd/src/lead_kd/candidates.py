@@ -6,9 +6,25 @@ positive of the same query, and a second copy of a passage.
 
 from __future__ import annotations
 
+import hashlib
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+Kind = Literal["query", "passage"]
+
+
+def text_key(kind: Kind, text: str) -> int:
+    """Return a 64-bit number that stands for a text."""
+    digest = hashlib.blake2b(f"{kind}\0{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def text_number(kind: Kind, text: str) -> int:
+    """Return a number that a signed 64-bit tensor holds, from 0; copies of a text have the same."""
+    return text_key(kind, text) >> 1
 
 
 def candidate_mask(

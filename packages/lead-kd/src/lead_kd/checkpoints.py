@@ -24,6 +24,7 @@ def write_checkpoint(
     settings: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Write the state after `step` steps.
 
@@ -33,6 +34,7 @@ def write_checkpoint(
         settings: What a run that goes on must have in common with this one; JSON can hold it.
         modules: Modules by name; weights that are shared are written once.
         optimizers: Optimizers by name.
+        scaler: Of losses in float16.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
@@ -43,6 +45,8 @@ def write_checkpoint(
                 tensors[f"optimizer.{name}.{number}.{key}"] = torch.as_tensor(value)
     own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     about = {"format": _FORMAT, "step": str(step), "settings": json.dumps(settings, sort_keys=True)}
+    if scaler is not None:
+        about["scaler"] = json.dumps(scaler.state_dict())
     with atomic_path(path) as temporary:
         save_file(own, temporary, metadata=about)
 
@@ -52,6 +56,7 @@ def read_checkpoint(
     settings: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler | None = None,
 ) -> int:
     """Put a checkpoint's state into modules and optimizers.
 
@@ -94,4 +99,6 @@ def read_checkpoint(
                 number, _, field = key.removeprefix(prefix).partition(".")
                 state.setdefault(int(number), {})[field] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if scaler is not None and "scaler" in about:
+        scaler.load_state_dict(json.loads(about["scaler"]))
     return int(about["step"])

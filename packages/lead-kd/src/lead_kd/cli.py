@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -287,6 +287,13 @@ def train(
         dev = None
         if dev_split is not None:
             dev = jobs.dev_set(_load(data, dev_split, format, skip_missing), dev_passages)
+        if accelerator.is_main_process:
+            asked = [found.queries[query] for query in found.judged()]
+            for texts, task, length in (
+                (asked, "query", query_length),
+                (found.corpus, "document", passage_length),
+            ):
+                _tell_cut(small.model, texts, task, length)
         about = {"student": student, "teacher": teacher, "keep": kept, "objective name": objective.value}
         with _bar("training") as progress:
             trained = jobs.train(
@@ -302,15 +309,11 @@ def _tell(trained: Any, out: Path) -> None:
     last = trained.history[-1] if trained.history else {}
     words = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", "stu", "rep", "lyr") if name in last)
     typer.echo(f"step {last.get('step', 0)}: {words}")
-    if last.get("peaked", 0) > 0.5:
-        typer.echo(
-            f"warning: {last['peaked']:.0%} of the teacher's distributions are one candidate and nothing "
-            "else, so that its order of the others is lost; try --temperature above 1",
-            err=True,
-        )
     for step, values in trained.evaluations.items():
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         typer.echo(f"dev, step {step}: {shown}")
+    if trained.masked:
+        typer.echo(f"masked: {trained.masked} candidates, copies or other positives of the same query")
     typer.echo(f"written: {out / 'student'}")
 
 
@@ -329,7 +332,6 @@ def encode(
     model: Annotated[str, typer.Option(help="The retriever.")],
     out: Annotated[Path, typer.Option(help="Folder for the vectors.")],
     format: Format = Layout.AUTO,
-    split: Annotated[str, typer.Option(help="A split that exists; its queries are not used.")] = "test",
     shard: Annotated[int, typer.Option(min=0, help="Which part to encode, from 0.")] = 0,
     shards: Annotated[
         int, typer.Option(min=1, help="Parts, which may be encoded by different machines.")
@@ -338,18 +340,20 @@ def encode(
     precision: Annotated[Precision, typer.Option(help="Of the files.")] = Precision.FLOAT16,
     batch_size: BatchSize = 64,
     device: Device = "auto",
-    skip_missing: SkipMissing = True,
 ) -> None:
     """Encode a corpus into memory-mapped files; begun ones are gone on with."""
     with command.warnings_in_one_line():
-        found = _load(data, split, format, skip_missing)
+        from lead_kd.readers import load_corpus
+
+        corpus = load_corpus(data, format.value)
         from lead_kd.embeddings import encode_corpus
         from lead_kd.jobs import load_dual_encoder
 
         encoder = load_dual_encoder(model, command.usable_device(device))
+        _tell_cut(encoder, corpus, "document", passage_length)
         with _bar(f"encoding shard {shard} of {shards}") as progress:
             file = encode_corpus(
-                encoder, found.corpus, out, shard=shard, shards=shards, batch_size=batch_size,
+                encoder, corpus, out, shard=shard, shards=shards, batch_size=batch_size,
                 max_length=passage_length, precision=precision.value, progress=progress,
             )  # fmt: skip
         typer.echo(f"written: {file}")
@@ -357,15 +361,21 @@ def encode(
 
 @app.command()
 def search(
-    data: Data,
     model: Annotated[str, typer.Option(help="The retriever that made the vectors; encodes the queries.")],
     embeddings: Annotated[Path, typer.Option(help="Folder that `encode` made.")],
     out: Annotated[Path, typer.Option(help="File for the run, as trec_eval reads it.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of data: its queries with judgements.")] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="Any queries, in place of --data: queries.jsonl, or id, tab, text.")
+    ] = None,
     split: Split = "test",
     format: Format = Layout.AUTO,
     k: Depth = 1000,
     faiss: Annotated[
         str | None, typer.Option(help="A faiss index in place of exact search: Flat, IVF4096,Flat, ...")
+    ] = None,
+    nprobe: Annotated[
+        int | None, typer.Option(min=1, help="Lists of an IVF index that are searched; faiss' own 1.")
     ] = None,
     query_length: QueryLength = 32,
     batch_size: BatchSize = 64,
@@ -373,9 +383,19 @@ def search(
     device: Device = "auto",
     skip_missing: SkipMissing = False,
 ) -> None:
-    """Search the queries of a split, exactly or by faiss, and write a run."""
+    """Search the queries of a split or a file, exactly or by faiss, and write a run."""
+    if (data is None) == (queries is None):
+        raise InputError("expected one of --data and --queries", field="--queries", value=str(queries))
+    if nprobe is not None and faiss is None:
+        raise InputError("is for --faiss alone", field="--nprobe", value=nprobe)
     with command.warnings_in_one_line():
-        found = _load(data, split, format, skip_missing)
+        from lead_kd.readers import read_queries
+
+        if queries is not None:
+            asked = read_queries(queries)
+        else:
+            found = _load(cast(Path, data), split, format, skip_missing)
+            asked = {query: found.queries[query] for query in found.judged()}
         from lead_kd.embeddings import encode_queries, load_embeddings
         from lead_kd.jobs import load_dual_encoder
         from lead_kd.search import search as exact
@@ -385,16 +405,26 @@ def search(
         where = command.usable_device(device)
         encoder = load_dual_encoder(model, where)
         _same_model(embeddings, encoder, model)
-        queries = list(found.judged())
-        asked = encode_queries(encoder, [found.queries[q] for q in queries], batch_size, query_length)
+        of_queries = encode_queries(encoder, list(asked.values()), batch_size, query_length)
         ranked = (
-            exact(asked, vectors, k, block=block, device=where)
+            exact(of_queries, vectors, k, block=block, device=where)
             if faiss is None
-            else search_faiss(asked, vectors, k, faiss, block)
+            else search_faiss(of_queries, vectors, k, faiss, block, nprobe)
         )
         tag = "-".join(Path(model).name.split()) or "lead-kd"
-        write_run(out, ranked.as_run(queries, vectors.ids), tag)
-        typer.echo(f"written: {out}, {len(queries)} queries")
+        write_run(out, ranked.as_run(list(asked), vectors.ids), tag)
+        typer.echo(f"written: {out}, {len(asked)} queries")
+
+
+def _tell_cut(encoder: Any, texts: Sequence[str], task: str, length: int | None) -> None:
+    """Say how many of the first texts are longer than the model is let to read."""
+    from lead_kd.scorers import count_cut
+
+    sample = [texts[row] for row in range(min(len(texts), 1000))]
+    limit = length or encoder.max_seq_length
+    if limit and (cut := count_cut(encoder, sample, task, limit)):
+        kind = {"document": "passages", "query": "queries"}[task]
+        typer.echo(f"note: {cut} of the first {len(sample)} {kind} are cut at {limit} tokens.", err=True)
 
 
 def _same_model(folder: Path, encoder: Any, name: str) -> None:

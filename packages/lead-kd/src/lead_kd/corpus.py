@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,13 @@ class Corpus(Sequence[str]):
     def __getitem__(self, row: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the text of a row."""
         return self.texts[row]
+
+    def fingerprint(self, texts: int = 1000) -> str:
+        """Return a hash of all ids, and of that many texts, evenly spread: all would have to be read."""
+        found = hashlib.blake2b("\n".join(self.ids).encode(), digest_size=16)
+        for row in range(0, len(self), max(1, len(self) // texts)):
+            found.update(self[row].encode())
+        return found.hexdigest()
 
     def row(self, name: str) -> int | None:
         """Return the row of an id, or None."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from lead_kd.corpus import Corpus
 from shared_core import InputError
@@ -49,6 +50,16 @@ class Embeddings:
                 block = np.asarray(part[begin : begin + rows], np.float32)
                 yield start + begin, block
             start += len(part)
+
+    def rows(self, wanted: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows dim"]:
+        """Read rows, given in rising order, as float32."""
+        ends = np.cumsum([len(part) for part in self.parts])
+        found, begin = [], 0
+        for part, end in zip(self.parts, ends, strict=True):
+            inside = wanted[(wanted >= begin) & (wanted < end)] - begin
+            found.append(np.asarray(part[inside], np.float32))
+            begin = int(end)
+        return np.concatenate(found)
 
 
 def encode_corpus(
@@ -91,7 +102,7 @@ def encode_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     head = {
         "passages": len(corpus),
-        "ids": hashlib.blake2b("\n".join(corpus.ids).encode(), digest_size=16).hexdigest(),
+        "corpus": corpus.fingerprint(),
         "model": model_fingerprint(model),
         "max_length": max_length,
         "precision": precision,

@@ -60,11 +60,15 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "lead-kd": Arm("lead", 8e-4),
     "lead, equal weights": Arm("lead", 8e-4, reweight=False),
+    "lead, last layers": Arm("lead", 8e-4, strategy="last"),
     "none": Arm("none", 4e-4),
     "response": Arm("response", 4e-4),
     "response x2": Arm("response", 4e-4, weight=2.0),
+    "listwise": Arm("listwise", 4e-4),
     "margin-mse": Arm("margin-mse", 4e-4),
     "regression": Arm("regression", 4e-4),
+    "embedding": Arm("embedding", 4e-4),
+    "minilm": Arm("minilm", 4e-4),
 }
 
 
@@ -75,12 +79,11 @@ class Sizes:
     train: int = 640
     dev: int = 300
     test: int = 400
-    distractors: int = 250
+    distractors: int = 200
     steps: int = 30
-    batch: int = 16
+    batch: int = 12
     query_length: int = 14
     passage_length: int = 24
-    teacher_length: int = 32
     keep: tuple[int, ...] = (0, 1)
     pairs: int = 2
     arms: tuple[str, ...] = tuple(ARMS)
@@ -104,8 +107,8 @@ class Prepared:
 
 
 def teacher_model(sizes: Sizes) -> DualEncoder:
-    """The frozen teacher: all-MiniLM-L6-v2."""
-    return DualEncoder(_model().eval(), None, sizes.query_length, sizes.teacher_length)
+    """The frozen teacher: all-MiniLM-L6-v2, which reads as many tokens as its student (minilm compares them)."""
+    return DualEncoder(_model().eval(), None, sizes.query_length, sizes.passage_length)
 
 
 def student_model(sizes: Sizes) -> DualEncoder:
@@ -174,7 +177,12 @@ def run_arm(task: tuple[Prepared, Arm, int, bool]) -> Result:
     """Train and judge one student; `task` is (shared, arm, seed, whether the development part judges)."""
     shared, arm, seed, on_dev = task
     sizes = shared.sizes
-    teacher = CachedTeacher(TeacherCache(shared.folder / "cache"))
+    # The same vectors, read or computed: minilm alone needs what goes on inside.
+    teacher = (
+        teacher_model(sizes)
+        if arm.objective == "minilm"
+        else CachedTeacher(TeacherCache(shared.folder / "cache"))
+    )
     student = student_model(sizes)
     options = LayerOptions(sizes.pairs, arm.strategy, reweight=arm.reweight)
     objective: Objective = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,12 +84,15 @@ def load_student(name: str, device: str, keep: Sequence[int] | None = None) -> S
 def load_dual_encoder(name: str, device: str) -> SentenceTransformer:
     """Load a sentence-transformers folder, or put a [CLS] pooling on a transformers encoder.
 
+    A model that ranks by cosine and does not normalize gets a Normalize module, after which inner products
+    are its cosines: what trains, searches and is saved ranks as the model did.
+
     Raises:
         InputError: It cannot be loaded.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules.transformer import Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
     folder = Path(name)
     try:
@@ -95,7 +100,10 @@ def load_dual_encoder(name: str, device: str) -> SentenceTransformer:
             transformer = Transformer(name)
             pooling = Pooling(transformer.get_embedding_dimension(), "cls")
             return SentenceTransformer(modules=[transformer, pooling], device=device)
-        return SentenceTransformer(name, device=device)
+        model = SentenceTransformer(name, device=device)
+        if model._similarity_fn_name == "cosine" and not any(isinstance(part, Normalize) for part in model):
+            model.append(Normalize())
+        return model
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"cannot be loaded: {str(error).splitlines()[0]}", field="model", value=name
@@ -316,6 +324,13 @@ def train(
 ) -> Trained:
     """Train, keep the student of the best evaluation in `best` and the last one in `student`."""
     sampler = Sampler(data, batch_size, negatives, recipe.seed, processes=accelerator.num_processes)
+    if accelerator.is_main_process:
+        for number, words in (
+            (sampler.without_positive, "queries without a positive are left out"),
+            (sampler.filled, "queries have fewer hard negatives than asked for; passages at random stand in"),
+        ):
+            if number:
+                warnings.warn(f"{number} {words}", stacklevel=2)
     schedule = None
     if objective in ("lead", "regression"):
         assert teacher is not None
@@ -337,7 +352,7 @@ def train(
         found = measure(dev.qrels, run, ("nDCG@10", "RR@10")).mean
         earlier = [value["nDCG@10"] for value in scores.values()]
         if not earlier or found["nDCG@10"] > max(earlier):
-            student.model.save(str(out / "best"), create_model_card=False)
+            _save(student.model, out / "best")
         scores[str(step[0])] = found
         write_json(scores_file, scores)
         return found
@@ -352,10 +367,22 @@ def train(
         accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
-        student.model.save(str(out / "student"), create_model_card=False)
+        _save(student.model, out / "student")
         if co_train and isinstance(teacher, DualEncoder | ColBERT | CrossEncoderScorer):
-            teacher.model.save(str(out / "teacher"), create_model_card=False)
+            _save(teacher.model, out / "teacher")
     return trained
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Write a model's folder whole: who looks, or kills this, finds the earlier one or the new one."""
+    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    model.save(str(fresh), create_model_card=False)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def teacher_layers_table(

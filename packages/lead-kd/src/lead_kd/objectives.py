@@ -6,9 +6,10 @@ have the same cross-entropy and response terms as LEAD, so that what differs is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -81,6 +82,13 @@ class Objective(nn.Module):
     needs_teacher = True
     needs_pairs = False
     co_train = False  # whether targets have gradients
+
+    def settings(self) -> dict[str, Any]:
+        """Name what was chosen about the loss: a run that goes on must have the same."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str)}
+        plain.pop("training", None)
+        coefficients = getattr(self, "coefficients", None)
+        return plain if coefficients is None else {**plain, "coefficients": asdict(coefficients)}
 
     def forward(self, student: Scores, teacher: Scores | None, on: Candidates, pairs: Pairs) -> StepLoss:
         """Compute the loss.
@@ -188,7 +196,7 @@ class Regression(Objective):
         assert teacher is not None
         both = self.response(student, teacher, on, pairs)
         chosen = self.projections[[layer for _, layer in pairs]]
-        error = regression_error(student, teacher, chosen)
+        error = regression_error(student, teacher, chosen, on.own.shape[1])
         return StepLoss(both.total + error, {**both.log, "mse": error.item()})
 
 
@@ -215,21 +223,30 @@ class Embedding(Objective):
         """L_stu + L_rep + the mean over texts of |h_s - h_t|²."""
         assert teacher is not None
         both = self.response(student, teacher, on, pairs)
-        error = regression_error(student, teacher, self.projection)
+        error = regression_error(student, teacher, self.projection, on.own.shape[1])
         return StepLoss(both.total + error, {**both.log, "mse": error.item()})
 
 
 def regression_error(
-    student: Scores, teacher: Scores, projections: Float[Tensor, "layers dim teacher_dim"] | None
+    student: Scores,
+    teacher: Scores,
+    projections: Float[Tensor, "layers dim teacher_dim"] | None,
+    per_query: int,
 ) -> Float[Tensor, ""]:
     """Squared distance of projected features, a sum over the width and a mean over layers and texts.
+
+    Args:
+        student: With the vectors of this process's queries and of all processes' passages.
+        teacher: Likewise.
+        projections: Of the student's features; None for none.
+        per_query: Passages a query.
 
     Raises:
         InputError: The teacher has no vector for each layer and text (a cross-encoder, ColBERT).
     """
     if student.vectors is None or teacher.vectors is None:
         raise InputError("regression of features needs a dual encoder as teacher", field="teacher")
-    errors = []
+    means = []
     for of_student, of_teacher in zip(student.vectors, teacher.vectors, strict=True):
         projected = of_student if projections is None else of_student @ projections
         if projected.shape != of_teacher.shape:
@@ -238,8 +255,10 @@ def regression_error(
                 field="student",
                 value=tuple(projected.shape),
             )
-        errors.append((projected.float() - of_teacher.detach().float()).square().sum(-1))
-    return torch.cat(errors, 1).mean()
+        means.append((projected.float() - of_teacher.detach().float()).square().sum(-1).mean())
+    of_queries, of_passages = means
+    # Each text weighs the same, also where only this process's queries are here: 1 beside per_query passages.
+    return (of_queries + per_query * of_passages) / (1 + per_query)
 
 
 class Lead(Objective):
@@ -285,6 +304,12 @@ class Lead(Objective):
             coefficients=self.coefficients,
         )
         log = {name: getattr(terms, name).item() for name in ("stu", "tch", "rep", "lyr")}
+        if terms.peaked > 0.5:
+            warnings.warn(  # once a place, as Python's filters have it
+                "most of the teacher's distributions are one candidate and nothing else, so its order of "
+                "all others is lost; try a temperature above 1",
+                stacklevel=2,
+            )
         return StepLoss(terms.total, {**log, "peaked": terms.peaked}, terms.weights)
 
 

@@ -20,7 +20,7 @@ SOURCE = (
 )
 METRIC = "nDCG@10"
 LABELS = {"nDCG@10": "ndcg_at_10", "RR@10": "mrr_at_10", "R@10": "recall_at_10"}
-OTHER_LEADS = ("lead, equal weights",)
+OTHER_LEADS = ("lead, equal weights", "lead, last layers")
 RESPONSE_RULE = "nDCG@10 on the test queries is higher than response distillation's for every seed"
 NONE_RULE = "mean nDCG@10 over seeds is higher than without distillation"
 RIVALS_RULE = (

@@ -58,6 +58,27 @@ def load_data(
     raise InputError(f"expected one of {', '.join(FORMATS)}", field="format", value=format)
 
 
+def load_corpus(folder: str | Path, format: Format = "auto") -> Corpus:
+    """Read the passages alone of a folder that `load_data` reads.
+
+    Raises:
+        InputError: As for `load_data`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError("is not a folder", file=folder)
+    match _detect(folder) if format == "auto" else format:
+        case "beir":
+            return read_lines(_needed(folder / "corpus.jsonl"), beir_line)
+        case "msmarco":
+            return read_lines(_needed(folder / "collection.tsv"), msmarco_passage_line)
+        case "msmarco-doc":
+            return read_lines(_needed(folder / "msmarco-docs.tsv"), msmarco_document_line)
+        case "dpr":
+            return read_lines(_needed(folder / "psgs_w100.tsv"), dpr_line, header=True)
+    raise InputError(f"expected one of {', '.join(FORMATS)}", field="format", value=format)
+
+
 _MARKS: tuple[tuple[str, Format], ...] = (
     ("corpus.jsonl", "beir"),
     ("collection.tsv", "msmarco"),
@@ -81,18 +102,8 @@ def load_beir(folder: str | Path, split: str = "test", missing: Missing = "error
         InputError: As for `load_data`.
     """
     folder = Path(folder)
-    corpus = read_lines(_needed(folder / "corpus.jsonl"), beir_line)
-    queries: dict[str, str] = {}
-    path = _needed(folder / "queries.jsonl")
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-            name, text = row["_id"], row["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f'line {number}: expected an object with "_id" and "text" ({error!r})', file=path
-            ) from error
-        _new_query(queries, name, text, path, number)
+    corpus = load_corpus(folder, "beir")
+    queries = read_queries(folder / "queries.jsonl")
     return _complete(corpus, queries, read_qrels(_split_file(folder / "qrels", split)), missing, folder)
 
 
@@ -105,13 +116,9 @@ def load_msmarco(
         InputError: As for `load_data`.
     """
     folder = Path(folder)
-    corpus = (
-        read_lines(_needed(folder / "msmarco-docs.tsv"), msmarco_document_line)
-        if documents
-        else read_lines(_needed(folder / "collection.tsv"), msmarco_passage_line)
-    )
+    corpus = load_corpus(folder, "msmarco-doc" if documents else "msmarco")
     prefix = "msmarco-doc" if documents else ""
-    queries = read_queries_tsv(_first_of(folder, f"queries.{split}.tsv", f"{prefix}{split}-queries.tsv"))
+    queries = read_queries(_first_of(folder, f"queries.{split}.tsv", f"{prefix}{split}-queries.tsv"))
     qrels = read_qrels(_first_of(folder, f"qrels.{split}.tsv", f"{prefix}{split}-qrels.tsv"))
     judged = {name: text for name, text in queries.items() if name in qrels}
     return _complete(corpus, judged, qrels, missing, folder)
@@ -215,19 +222,30 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def read_queries_tsv(path: str | Path) -> dict[str, str]:
-    r"""Read queries as MS MARCO has them: qid \t text.
+def read_queries(path: str | Path) -> dict[str, str]:
+    r"""Read queries: BEIR's objects with "_id" and "text", or MS MARCO's qid \t text, one a line.
 
     Raises:
-        InputError: The file is missing, or a line is malformed or repeats an id.
+        InputError: The file is missing or empty, or a line is malformed or repeats an id.
     """
     path = _needed(Path(path))
     queries: dict[str, str] = {}
     for number, line in _lines(path):
-        name, separator, text = line.partition("\t")
-        if not separator:
-            raise InputError(f"line {number}: expected qid, a tab and the text", file=path)
+        if path.suffix == ".jsonl":
+            try:
+                row = json.loads(line)
+                name, text = row["_id"], row["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f'line {number}: expected an object with "_id" and "text" ({error!r})', file=path
+                ) from error
+        else:
+            name, separator, text = line.partition("\t")
+            if not separator:
+                raise InputError(f"line {number}: expected qid, a tab and the text", file=path)
         _new_query(queries, name, text, path, number)
+    if not queries:
+        raise InputError("holds no query", file=path)
     return queries
 
 

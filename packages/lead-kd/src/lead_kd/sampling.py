@@ -5,6 +5,7 @@ Nothing about data has to be kept in a checkpoint, and processes agree without t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,6 +96,13 @@ class Sampler:
                 "is too small to draw negatives from", file=data.corpus.source, value=len(data.corpus)
             )
         self._steps_an_epoch = len(self.queries) // (batch_size * processes)
+
+    def fingerprint(self) -> str:
+        """Return a hash of what is trained on: queries, positives, hard negatives, and some of the texts."""
+        found = hashlib.blake2b(self.data.corpus.fingerprint().encode(), digest_size=16)
+        for query, *rows in zip(self.queries, self._positives, self._hard, strict=True):
+            found.update(f"{query}\0{self.data.queries[query]}\0{[list(part) for part in rows]}".encode())
+        return found.hexdigest()
 
     def group(self, step: int, process: int = 0) -> Group:
         """Return the texts of a step, counted from 0, for one process."""

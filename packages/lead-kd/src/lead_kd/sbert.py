@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from lead_kd.cache import text_key
-from lead_kd.candidates import candidate_mask, own_block
+from lead_kd.candidates import candidate_mask, own_block, text_number
 from lead_kd.minilm import MiniLM
 from lead_kd.objectives import (
     Candidates,
@@ -156,16 +155,13 @@ class LeadLoss(nn.Module):
     def _candidates(
         self, queries: Sequence[str], passages: Sequence[str], per_query: int, device: torch.device
     ) -> Candidates:
-        ids = [text_key("passage", text) >> 1 for text in passages]  # a copy is the same number; 63 bits
-        positives: dict[str, list[int]] = {}
-        for row, query in enumerate(queries):
-            positives.setdefault(query, []).append(ids[row * per_query])
-        most = max(map(len, positives.values()))
-        table = [positives[query] + [-1] * (most - len(positives[query])) for query in queries]
+        ids = torch.tensor([text_number("passage", text) for text in passages], device=device)
+        asked = torch.tensor([text_number("query", text) for text in queries], device=device)
+        # The same query may stand in another row, or in another process, with another positive.
+        all_asked, all_positives = gather_plain(asked), gather_plain(ids[::per_query].contiguous())
+        positives = torch.where(asked[:, None] == all_asked, all_positives, -1)
         own = own_block(len(queries), per_query, device) + _rank() * len(ids)
-        mask = candidate_mask(
-            gather_plain(torch.tensor(ids, device=device)), torch.tensor(table, device=device), own[:, 0]
-        )
+        mask = candidate_mask(gather_plain(ids), positives, own[:, 0])
         return Candidates(own[:, 0], mask, own)
 
 
@@ -186,7 +182,14 @@ class _Follow(TrainerCallback):
 
 
 def follow_steps(trainer: SentenceTransformerTrainer, loss: LeadLoss) -> None:
-    """Let a loss follow a trainer's steps, those of a resumed run too, and put its terms into the log."""
+    """Let a loss follow a trainer's steps, those of a resumed run too, and put its terms into the log.
+
+    The trainer's prompts go to a `LeadDataCollator` that has none: a trainer hands them only to a collator of
+    its own making.
+    """
+    collator = trainer.data_collator
+    if isinstance(collator, LeadDataCollator) and not collator.prompts and trainer.args.prompts:
+        collator.prompts = trainer.args.prompts
     trainer.add_callback(_Follow(loss))
 
 

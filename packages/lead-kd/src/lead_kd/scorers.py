@@ -62,6 +62,8 @@ class DualEncoder(Scorer):
 
     A layer's feature is its hidden states, pooled as the model pools its last ([CLS] in the paper's models),
     and normalized where the model normalizes. Dense projections are left out of all but the final score.
+    A model that does not normalize ranks by dot products here, and is told so: its `similarity_fn_name`
+    becomes "dot" where it was not set.
 
     Args:
         model: A SentenceTransformer around a transformers encoder.
@@ -70,7 +72,8 @@ class DualEncoder(Scorer):
         passage_length: Longest passage in tokens.
 
     Raises:
-        InputError: The model's first module shows no hidden states, or it has no pooling.
+        InputError: The model's first module shows no hidden states, or it has no pooling; or it says that it
+            ranks by something that is no inner product of its embeddings.
     """
 
     def __init__(
@@ -85,6 +88,16 @@ class DualEncoder(Scorer):
         self.query_length, self.passage_length = query_length, passage_length
         self.pooling = _one_module(model, "Pooling")
         self.normalized = bool(_modules(model, "Normalize"))
+        if not self.normalized:
+            said = model._similarity_fn_name  # the property would set it to cosine
+            if said not in (None, "dot"):
+                raise InputError(
+                    "ranks by this, and its embeddings are not normalized; append a Normalize module, or set "
+                    'similarity_fn_name = "dot"',
+                    field="model.similarity_fn_name",
+                    value=said,
+                )
+            model.similarity_fn_name = "dot"
         self.scale = (COSINE_SCALE if self.normalized else 1.0) if scale is None else scale
         self.n_layers = count_layers(model)
 
@@ -239,34 +252,55 @@ class CrossEncoderScorer(Scorer):
         hidden = backbone(**inputs, output_hidden_states=True, return_dict=True).hidden_states[1:]
         wanted = range(self.n_layers) if layers is None else layers
         head = _head(self.classifier)
-        rows = [head(hidden[number]).view(batch["queries"], -1) for number in wanted]
-        final = rows[-1] if wanted and wanted[-1] == self.n_layers - 1 else head(hidden[-1])
+        mask = inputs["attention_mask"]
+        rows = [head(hidden[number], mask).view(batch["queries"], -1) for number in wanted]
+        final = rows[-1] if wanted and wanted[-1] == self.n_layers - 1 else head(hidden[-1], mask)
         return Scores(torch.stack(rows), final.view(batch["queries"], -1))
 
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def _head(model: Any) -> Any:
-    """Find a function from hidden states (texts, tokens, dim) to scores (texts, 1), the model's own head."""
+Head = Callable[[Tensor, Tensor], Tensor]
+"""From hidden states (texts, tokens, dim) and the attention mask to scores (texts, 1)."""
+
+
+def _head(model: Any) -> Head:
+    """Find the model's own head.
+
+    Raises:
+        InputError: It is of a kind that is not known here.
+    """
     backbone = getattr(model, model.base_model_prefix)
     classifier = getattr(model, "classifier", None)
     pooler = getattr(backbone, "pooler", None)
     dropout = getattr(model, "dropout", nn.Identity())
-    if isinstance(classifier, nn.Linear) and pooler is not None:  # BERT, ERNIE
-        return lambda states: classifier(dropout(pooler(states)))
-    if isinstance(classifier, nn.Linear) and hasattr(model, "pre_classifier"):  # DistilBERT
-        return lambda states: classifier(dropout(model.pre_classifier(states[:, 0]).relu()))
-    if isinstance(classifier, nn.Linear) and hasattr(model, "head"):  # ModernBERT
-        return lambda states: classifier(model.drop(model.head(states[:, 0])))
+    if isinstance(classifier, nn.Linear):
+        if hasattr(model, "pre_classifier"):  # DistilBERT
+            return lambda states, mask: classifier(dropout(model.pre_classifier(states[:, 0]).relu()))
+        if hasattr(model, "head"):  # ModernBERT
+            mean = model.config.classifier_pooling == "mean"
+            return lambda states, mask: classifier(
+                model.drop(model.head(_mean(states, mask) if mean else states[:, 0]))
+            )
+        if hasattr(model, "pooler"):  # DeBERTa
+            return lambda states, mask: classifier(dropout(model.pooler(states)))
+        if isinstance(pooler, nn.Linear):  # ALBERT
+            return lambda states, mask: classifier(dropout(backbone.pooler_activation(pooler(states[:, 0]))))
+        if pooler is not None:  # BERT, ERNIE
+            return lambda states, mask: classifier(dropout(pooler(states)))
     if classifier is not None and hasattr(classifier, "out_proj"):  # RoBERTa, XLM-R, ELECTRA, MPNet
-        return classifier
+        return lambda states, mask: classifier(states)
     raise InputError(
-        "expected a cross-encoder of the kind of BERT, DistilBERT, ModernBERT, RoBERTa, XLM-RoBERTa, ELECTRA "
-        "or MPNet",
+        "expected a cross-encoder of the kind of BERT, ALBERT, DeBERTa, DistilBERT, ModernBERT, RoBERTa, "
+        "XLM-RoBERTa, ELECTRA or MPNet",
         field="teacher",
         value=type(model).__name__,
     )
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 @contextmanager
@@ -317,10 +351,20 @@ def count_layers(model: Any) -> int:
 
 def tokens_of(model: Any, texts: Sequence[str], task: str, length: int | None) -> Batch:
     """Tokenize as `encode_query` and `encode_document` do, with the model's prompt for the task."""
+    return _preprocess(model, list(texts), _prompt(model, task) or None, length, task=task)
+
+
+def count_cut(model: Any, texts: Sequence[str], task: str, length: int) -> int:
+    """Count the texts that are longer than `length` tokens, with prompt and special tokens."""
+    prompt = _prompt(model, task)
+    whole = model.tokenizer([prompt + text for text in texts], truncation=False, verbose=False)["input_ids"]
+    return sum(len(tokens) > length for tokens in whole)
+
+
+def _prompt(model: Any, task: str) -> str:
     names = ("query",) if task == "query" else ("document", "passage", "corpus")
     prompts = getattr(model, "prompts", None) or {}
-    prompt = next((prompts[name] for name in names if prompts.get(name)), None)
-    return _preprocess(model, list(texts), prompt, length, task=task)
+    return next((prompts[name] for name in names if prompts.get(name)), "")
 
 
 def _preprocess(model: Any, texts: list[Any], prompt: str | None, length: int | None, **extra: Any) -> Batch:

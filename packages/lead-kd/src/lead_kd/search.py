@@ -113,6 +113,8 @@ def search_faiss(
     k: int = 100,
     factory: str = "Flat",
     block: int = 65_536,
+    nprobe: int | None = None,
+    train_on: int = 262_144,
 ) -> Found:
     """Search a faiss index by inner product.
 
@@ -120,20 +122,26 @@ def search_faiss(
         queries: Vectors.
         passages: Vectors.
         k: Passages a query.
-        factory: Any index of faiss' factory, such as "Flat", "IVF4096,Flat" or "HNSW32". What has to be
-            trained is trained on the first block.
+        factory: Any index of faiss' factory, such as "Flat", "IVF4096,Flat" or "HNSW32".
         block: Passages at a time.
+        nprobe: Lists of an IVF index that are searched; faiss' own 1 where None.
+        train_on: Passages, drawn at random, on which an index that has to be trained is trained.
 
     Raises:
-        InputError: faiss is not installed, does not know the factory's words, or finds fewer than k.
+        InputError: faiss is not installed, does not know the factory's words, has no lists to probe, or finds
+            fewer than k.
     """
     with needs_extra("faiss", "lead-kd"):
         import faiss
     try:
         index = faiss.index_factory(queries.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if nprobe is not None:
+            faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+        if not index.is_trained:
+            count = min(train_on, len(passages))
+            chosen = np.random.default_rng(0).choice(len(passages), count, replace=False)
+            index.train(passages.rows(np.sort(chosen)))
         for _, part in passages.blocks(block):
-            if not index.is_trained:
-                index.train(part)
             index.add(part)
     except RuntimeError as error:
         raise InputError(
@@ -141,7 +149,9 @@ def search_faiss(
         ) from error
     scores, rows = index.search(np.ascontiguousarray(queries, np.float32), min(k, len(passages)))
     if (rows < 0).any():
-        raise InputError(f"finds fewer than {k} passages; search more lists", field="factory", value=factory)
+        raise InputError(
+            f"finds fewer than {k} passages; search more lists (nprobe)", field="factory", value=factory
+        )
     return Found(rows, scores)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lead_kd.candidates import candidate_mask, own_block
+from lead_kd.candidates import candidate_mask, own_block, text_number
 from lead_kd.checkpoints import read_checkpoint, write_checkpoint
 from lead_kd.minilm import MiniLM
 from lead_kd.objectives import (
@@ -157,9 +157,11 @@ def distill(
             if name not in ("log_every", "checkpoint_every", "evaluate_every", "workers")
         },
         "objective": type(objective).__name__,
+        "objective settings": objective.settings(),
         "co_train": co_train,
+        "precision": str(run.accelerator.mixed_precision),
         "sampler": [sampler.batch_size, sampler.negatives, sampler.seed, sampler.processes],
-        "queries": len(sampler.queries),
+        "data": sampler.fingerprint(),
         "layers": None if schedule is None else asdict(schedule),
         **(about or {}),
     }
@@ -168,7 +170,9 @@ def distill(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if resume:
-            done = read_checkpoint(folder / CHECKPOINT, settings, run.modules, run.optimizers)
+            done = read_checkpoint(
+                folder / CHECKPOINT, settings, run.modules, run.optimizers, run.accelerator.scaler
+            )
             trained.history = _read_history(folder / HISTORY, done)
         elif (folder / CHECKPOINT).exists() and run.accelerator.is_main_process:
             raise InputError("holds a run already: go on with --resume, or name another folder", file=folder)
@@ -176,7 +180,9 @@ def distill(
     def save(step: int) -> None:
         if folder is not None and run.accelerator.is_main_process:
             _write_history(folder / HISTORY, trained.history)
-            write_checkpoint(folder / CHECKPOINT, step, settings, run.modules, run.optimizers)
+            write_checkpoint(
+                folder / CHECKPOINT, step, settings, run.modules, run.optimizers, run.accelerator.scaler
+            )
 
     with torch.random.fork_rng(devices=_cuda_devices()):
         for step, groups in zip(range(done, recipe.steps), run.groups(done), strict=False):
@@ -387,10 +393,16 @@ class _Steps(Dataset[list[dict[str, Any]]]):
 
     def _tensors(self, group_number: int) -> dict[str, Any]:
         group = self.sampler.group(group_number, self.process)
+        corpus = self.sampler.data.corpus
+        positives = [
+            [text_number("passage", corpus[int(row)]) if row >= 0 else -1 for row in rows]
+            for rows in group.positive_ids
+        ]
         tensors = {
             "student": self.collate_student(group.queries, group.passages),
-            "passage_ids": torch.from_numpy(group.passage_ids),
-            "positive_ids": torch.from_numpy(group.positive_ids),
+            # Numbers of texts: a passage may stand in the corpus under two ids.
+            "passage_ids": torch.tensor([text_number("passage", text) for text in group.passages]),
+            "positive_ids": torch.tensor(positives),
         }
         if self.teacher is not None:
             tensors["teacher"] = self.teacher.collate(group.queries, group.passages)
