@@ -8,9 +8,12 @@ turns; each figure is the median over turns of the process's CPU seconds.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -124,6 +127,39 @@ def step_rows(rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+def memory_rows() -> list[dict[str, Any]]:
+    """Peak memory of three steps beyond what is resident before them, each in a process of its own."""
+    lead, response, none = (peak(name) for name in ("lead", "response", "none"))
+    ours = version("lead-kd")
+    what = "peak memory of LEAD's step, K = 2, running teacher"
+    return [row(what, lead, response, "response", ours, "MB"), row(what, lead, none, "none", ours, "MB")]
+
+
+def peak(name: str) -> float:
+    command = [sys.executable, __file__, "--peak-of", name]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(found.splitlines()[-1]) / 1e6
+
+
+def print_peak(name: Name) -> None:
+    task = wikipedia_task(16, 1, 1, 0).train
+    queries, passages = list(task.queries.values()), [text for text in task.corpus for _ in range(2)]
+    teacher = None if name == "none" else DualEncoder(model().eval(), None, 16, 64)
+    step = Step(name, teacher, queries, passages)
+    step()  # libraries are loaded, optimizers have their state
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = resident_peak()
+    for _ in range(3):
+        step()
+    print(resident_peak() - before)
+
+
+def resident_peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def bytes_row() -> dict[str, Any]:
     """What processes exchange a step, by shapes: pooled vectors here, states of all tokens as released."""
     queries, passages, layers, tokens, width = 8, 16, 12, 144, 768
@@ -176,9 +212,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/lead-kd"))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.peak_of:
+        print_peak(arguments.peak_of)
+        return
     rows = [
-        *step_rows(arguments.rounds), bytes_row(), maxsim_row(arguments.rounds),
+        *step_rows(arguments.rounds), *memory_rows(), bytes_row(), maxsim_row(arguments.rounds),
         search_row(min(arguments.rounds, 5)),
     ]  # fmt: skip
     table = Table("what", "ours", "theirs", "peer", "ratio (above 1: ours is better)", title="lead-kd")

@@ -6,6 +6,7 @@ the development queries, from the same grid, with seeds that are not the proof's
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -107,7 +108,7 @@ class Prepared:
 
 
 def teacher_model(sizes: Sizes) -> DualEncoder:
-    """The frozen teacher: all-MiniLM-L6-v2, which reads as many tokens as its student (minilm compares them)."""
+    """The frozen teacher: all-MiniLM-L6-v2; it reads as many tokens as its student, as minilm needs it."""
     return DualEncoder(_model().eval(), None, sizes.query_length, sizes.passage_length)
 
 
@@ -202,6 +203,8 @@ def run_arm(task: tuple[Prepared, Arm, int, bool]) -> Result:
     part = shared.dev if on_dev else shared.test
     run = dev_run(student.model, part, sizes.query_length, sizes.passage_length)
     found = measure(part.qrels, run, MEASURES)
+    del teacher, student, objective
+    gc.collect()  # few and large objects: Python would let the models of many runs pile up
     return Result(found.mean, found.per_query["nDCG@10"], trained.history)
 
 
