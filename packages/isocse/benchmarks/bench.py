@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
-import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from isocse import isotropy
 from isocse.analysis import Options, analyze, choose_types
 from isocse.corpus import Corpus
 from isocse.encoders import Encoder, load_encoder
-from isocse.geometry import Geometry, GeometrySettings
+from isocse.geometry import Geometry
 from isocse.streams import SelfSimilarity
+from isocse.types import CLASSES
 from shared_core.files import write_json
 
 WORDS = [f"w{n}" for n in range(4000)]
@@ -92,19 +94,23 @@ def sentences(count: int) -> list[str]:
     ]
 
 
-# (a) The whole suite beside the forward pass alone.
+# (a) The whole suite beside the forward pass.
 
 
 def suite_rows(count: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Tokens a second of it all, then what each token costs, and what any corpus costs once."""
     model = encoder(384, 6)
     texts = sentences(count)
     corpus = Corpus(model, texts)
-    plan = choose_types(corpus, Options()).plan
+    table = choose_types(corpus, Options())
     tokens = corpus.facts.ids
+    spent: dict[str, list[float]] = {"forward": [], "measure": [], "finish": []}
 
-    def forward() -> None:
+    def encode() -> None:
+        """The states of all layers, in the same batches, from texts."""
+        fresh = Corpus(model, texts)
         with model.measuring():
-            for batch in corpus.batches(plan):
+            for batch in fresh.batches(table.plan):
                 model.hidden_states(batch.ids, batch.mask)
 
     def padded() -> None:
@@ -114,14 +120,33 @@ def suite_rows(count: int, rounds: int) -> Iterator[dict[str, Any]]:
                 batch = model.tokenizer(texts[start : start + 64], padding=True, return_tensors="pt")
                 model.hidden_states(batch["input_ids"], batch["attention_mask"])
 
-    times = in_turns([lambda: analyze(model, texts), forward, padded], rounds)
-    what = f"tokens a second of the whole suite, MiniLM's shape, {count} sentences"
-    peer = "the forward pass alone, tokens in hand"
-    yield row(what, tokens / times[0], tokens / times[1], peer, version("transformers"), "tokens/s") | {
+    def by_part() -> None:
+        geometry, times = Geometry(len(table.names)), {"forward": 0.0, "measure": 0.0}
+        with model.measuring():
+            for batch in corpus.batches(table.plan):
+                start = time.process_time()
+                states = model.hidden_states(batch.ids, batch.mask)
+                middle = time.process_time()
+                geometry.update(states, batch, "mean")
+                times["forward"] += middle - start
+                times["measure"] += time.process_time() - middle
+        analysed = table.classes != CLASSES.index("special")
+        times["finish"] = seconds(lambda: geometry.results(analysed, table.classes))
+        for name, value in times.items():
+            spent[name].append(value)
+
+    times = in_turns([lambda: analyze(model, texts), encode, padded, by_part], rounds)
+    least = {name: min(values) for name, values in spent.items()}
+    peer = version("transformers")
+    yield row(f"tokens a second of the whole suite, MiniLM's shape, {count} sentences", tokens / times[0],
+              tokens / times[1], "the states of all layers alone, from texts", peer, "tokens/s") | {
         "ratio": times[1] / times[0]
-    }
-    yield row("seconds of the forward pass, sorted by length", times[1], times[2], "in the file's order",
-              version("transformers"), "s")  # fmt: skip
+    }  # fmt: skip
+    yield row("measuring what a forward pass gave, all layers", least["measure"], least["forward"],
+              "the forward pass", peer, "s")  # fmt: skip
+    yield row("the end: pairs, eigenvectors and errors of samples of 1,000, for any corpus", least["finish"],
+              least["forward"], "the forward pass", peer, "s")  # fmt: skip
+    yield row("states of all layers, sorted by length", times[1], times[2], "in the file's order", peer, "s")
 
 
 # (b) Against n x n matrices.
@@ -168,7 +193,7 @@ def isoscore_rows(points: int, rounds: int) -> Iterator[dict[str, Any]]:
     found: dict[str, float] = {}
 
     def ours() -> None:
-        found["ours"] = isotropy.isoscore(x)
+        found["ours"] = isotropy.isoscore(x, warn=False)
 
     def theirs() -> None:
         with warnings.catch_warnings():
@@ -183,39 +208,36 @@ def isoscore_rows(points: int, rounds: int) -> Iterator[dict[str, Any]]:
 
 # (d) Memory.
 
+PEAK = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+import bench, torch
+from isocse import SentenceFile, analyze
+torch.set_num_threads(1)
+analyze(bench.encoder(64, 2), SentenceFile({path!r}))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
 
-def peak_of(count: int) -> int:
-    """Greatest memory of NumPy and Python, and bytes of all sums, while a corpus from a file is measured."""
-    model = encoder(64, 2)
+
+def peak_of(count: int) -> float:
+    """Greatest resident MiB of a process of its own that measures a file of so many sentences."""
+    some = sentences(1000)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.txt"
-        path.write_text("\n".join(sentences(500) * (count // 500)))
-        from isocse.corpus import SentenceFile
-
-        tracemalloc.start()
-        corpus = Corpus(model, SentenceFile(path))
-        table = choose_types(corpus, Options())
-        geometry = Geometry(len(table.names), GeometrySettings(detail=False))
-        with model.measuring():
-            for batch in corpus.batches(table.plan):
-                geometry.update(model.hidden_states(batch.ids, batch.mask), batch, model.pool)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    return peak + sum(_tensor_bytes(layer) for layer in geometry.measured)
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines("\n".join(some) + "\n" for _ in range(count // len(some)))
+        code = PEAK.format(folder=str(Path(__file__).parent), path=str(path))
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True,
+                              check=True)  # fmt: skip
+    kib = int(done.stdout.split()[-1])
+    return kib / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    return sum(_tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0
-
-
-def memory_rows() -> Iterator[dict[str, Any]]:
-    import isocse.corpus
-
-    isocse.corpus.KEPT_TOKENS = 0  # as for a corpus that is too large to keep
-    small, large = (peak_of(count) / 2**20 for count in (10_000, 40_000))
-    yield row("peak memory beside the model, 40,000 sentences", large, small, "10,000 sentences", "-", "MiB")
+def memory_rows(sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
+    peaks = [peak_of(count) for count in sizes]
+    for count, peak in zip(sizes[1:], peaks[1:], strict=True):
+        what = f"peak memory of the process, {count:,} sentences"
+        yield row(what, peak, peaks[0], f"{sizes[0]:,} sentences", "-", "MiB")
 
 
 def main() -> None:
@@ -223,16 +245,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/isocse"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sentences", type=int, default=2000)
-    parser.add_argument("--points", type=int, default=100_000)
+    parser.add_argument("--points", type=int, nargs="+", default=[4000, 100_000])
+    parser.add_argument("--memory", type=int, nargs="+", default=[10_000, 40_000, 160_000])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for part in (
         pairwise_rows(1),
-        isoscore_rows(arguments.points, arguments.rounds),
+        *(isoscore_rows(points, arguments.rounds) for points in arguments.points),
         suite_rows(arguments.sentences, arguments.rounds),
-        memory_rows(),
+        memory_rows(arguments.memory),
     ):
         rows += part
     machine = f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}"

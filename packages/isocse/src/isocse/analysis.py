@@ -126,7 +126,7 @@ def analyze(
         for batch in corpus.batches(table.plan):
             states = encoder.hidden_states(batch.ids, batch.mask)
             geometry.layers = geometry.layers or resolve_layers(chosen.layers, len(states))
-            geometry.update(states, batch, lambda h, mask: pool(h, mask, pooling))
+            geometry.update(states, batch, pooling)
             done += len(batch.numbers)
             if progress is not None:
                 progress(done, corpus.facts.sentences)
@@ -185,7 +185,7 @@ def analyze_states(
         geometry._types = len(rows)  # layers that are made with the first batch begin at this size
         layers = list(states)
         geometry.layers = geometry.layers or resolve_layers(chosen.layers, len(layers))
-        geometry.update(layers, batch, lambda h, mask: pool(h, mask, pooling))
+        geometry.update(layers, batch, pooling)
     if number < 2:
         raise InputError("expected at least 2 sentences", field="batches", value=number)
     found = [Kind(str(n), str(n), True, False) if kinds is None else kinds[int(n)] for n in rows]
@@ -385,7 +385,7 @@ def _alignment(
 
 def _map_sentences(
     encoder: Encoder, corpus: Corpus, layers: Sequence[int] | None, options: Options
-) -> tuple[list[list[str]], Tensor, Tensor] | None:
+) -> tuple[list[str], Tensor, Tensor] | None:
     """Some of the shorter first sentences: tokens, last measured states, and which are no specials."""
     if not options.detail:
         return None
@@ -397,9 +397,7 @@ def _map_sentences(
     states = encoder.hidden_states(ids, mask)[(layers or [-1])[-1]]
     special = pad([row.astype(np.int64) for row in tokens.special], 1)[0]
     kept = special == 0
-    names = [
-        [kind.token for kind in corpus.kinds_of_ids(ids[row][kept[row]].tolist())] for row in range(len(ids))
-    ]
+    names = [kind.token for kind in corpus.kinds_of_ids(ids[kept].tolist())]
     return names, states.float().cpu(), kept
 
 
@@ -542,7 +540,7 @@ def _frequency_table(report: GeometryReport) -> dict[str, dict[str, np.ndarray]]
 
 
 def _token_map(
-    report: GeometryReport, geometry: Geometry, drawn: tuple[list[list[str]], Tensor, Tensor] | None
+    report: GeometryReport, geometry: Geometry, drawn: tuple[list[str], Tensor, Tensor] | None
 ) -> TokenMap | None:
     """Principal components of the last layer's drawn tokens, and all tokens of some sentences on them."""
     layer = geometry.measured[-1]
@@ -562,7 +560,7 @@ def _token_map(
         texts=[report.types.texts[row] if row >= 0 else "" for row in kinds[:, 0].tolist()],
         classes=[CLASSES[number] for number in kinds[:, 1].tolist()],
         sentence_points=shown.numpy(),
-        sentence_texts=[text for row in texts for text in row],
+        sentence_texts=texts,
         sentences=numbers,
         explained=(variances[-2:].flip(0) / variances.sum()).tolist(),
     )

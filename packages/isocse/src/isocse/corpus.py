@@ -71,6 +71,7 @@ class TokenBatch:
         counted: Of each unit, whether it is in the measures of tokens; special tokens may not be.
         pads: Positions of the first pad of each padded sentence, where pads are analysed.
         pad_type: Their row.
+        all_counted: Whether every unit is in the measures of tokens.
     """
 
     ids: Int[Tensor, "sentences tokens"]
@@ -85,10 +86,12 @@ class TokenBatch:
     counted: Tensor
     pads: Tensor | None = None
     pad_type: int = -1
+    all_counted: bool = field(init=False)
     _starts: np.ndarray = field(init=False)
     _counts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
+        self.all_counted = bool(self.counted.all())
         sentence = self.sentence[self.counted].cpu().numpy()
         self._counts = np.bincount(sentence, minlength=len(self.numbers))
         self._starts = np.cumsum(self._counts) - self._counts

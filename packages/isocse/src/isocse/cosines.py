@@ -129,13 +129,21 @@ def bootstrap_error(x: Rows, generator: np.random.Generator, replicates: int = 1
         generator: Of the resampling.
         replicates: Number of resamples.
     """
-    units = unit_rows(x)
-    n = units.shape[0]
-    weights = torch.as_tensor(generator.multinomial(n, np.full(n, 1 / n), size=replicates)).double()
-    values = weighted_mean_cosine(
-        weights @ units, weights.square().sum(1), torch.full((replicates,), float(n))
-    )
-    return float(values.std())
+    return resampled_error(x, resamples(len(x), generator, replicates))
+
+
+def resamples(n: int, generator: np.random.Generator, replicates: int = 100) -> Float[Tensor, "replicates n"]:
+    """How often each of n rows is in a resample with replacement."""
+    return torch.as_tensor(generator.multinomial(n, np.full(n, 1 / n), size=replicates)).double()
+
+
+def resampled_error(x: Rows, weights: Float[Tensor, "replicates n"]) -> float:
+    """`bootstrap_error` with given resamples, which several measures of the same rows may share."""
+    vectors = rows(x)
+    kept = (vectors != 0).any(1)
+    weights = weights[:, kept]
+    sums, totals = weights @ unit_rows(vectors), weights.sum(1)
+    return float(weighted_mean_cosine(sums, weights.square().sum(1), totals).std())
 
 
 def weighted_mean_cosine(

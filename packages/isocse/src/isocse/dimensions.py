@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -114,10 +113,11 @@ def informativity(x: Rows, dimensions: Sequence[int] | Int[Tensor, " k"]) -> flo
     Near 1 the dimensions carried no information about which vectors are alike (Timkey and van Schijndel).
     Makes an n by n matrix: meant for samples.
     """
-    cosines = [_pair_cosines(part) for part in (rows(x, least=3), remove_dimensions(x, dimensions))]
-    if any(float(values.std()) < 1e-12 for values in cosines):
+    whole, left = (_centred_cosines(part) for part in (rows(x, least=3), remove_dimensions(x, dimensions)))
+    spreads = [float(values.square().mean()) ** 0.5 for values in (whole, left)]
+    if min(spreads) < 1e-12:
         raise InputError("all cosines are alike, so there is nothing to correlate", field="x")
-    return float(torch.corrcoef(torch.stack(cosines))[0, 1].square())
+    return (float((whole * left).mean()) / (spreads[0] * spreads[1])) ** 2
 
 
 def standardize(x: Rows) -> Float[Tensor, "n d"]:
@@ -128,7 +128,8 @@ def standardize(x: Rows) -> Float[Tensor, "n d"]:
     return centred / torch.where(deviation > 0, deviation, 1.0)
 
 
-def _pair_cosines(x: Float[Tensor, "n d"]) -> Float[Tensor, " pairs"]:
+def _centred_cosines(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    """Cosines of all pairs less their mean; 0 on the diagonal, whose pairs do not count."""
     units = x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    first, second = np.triu_indices(units.shape[0], 1)
-    return (units @ units.T)[torch.as_tensor(first), torch.as_tensor(second)]
+    cosines = (units @ units.T).fill_diagonal_(0)
+    return cosines.sub_(cosines.sum() / (len(x) * (len(x) - 1))).fill_diagonal_(0)

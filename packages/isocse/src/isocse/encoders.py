@@ -314,9 +314,10 @@ def tokenize(encoder: Encoder, sentences: Sequence[str], *, words: bool = False)
         return_offsets_mapping=words,
         verbose=False,
     ) if cut or words else whole  # fmt: skip
-    special_ids = np.array(sorted(set(encoder.tokenizer.all_special_ids)), dtype=np.int64)
     ids = [np.asarray(row, dtype=np.int64) for row in encoded["input_ids"]]
-    special = [np.isin(row, special_ids) & (row != _unknown(encoder.tokenizer)) for row in ids]
+    special_ids = sorted(set(encoder.tokenizer.all_special_ids) - {_unknown(encoder.tokenizer)})
+    flags = np.isin(np.concatenate(ids), np.array(special_ids, dtype=np.int64))
+    special = np.split(flags, np.cumsum([len(row) for row in ids])[:-1])
     if not words:
         return Tokens(ids, special, None, None, cut)
     from isocse.types import word_spans

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from isocse import cosines, dimensions, isotropy
 from isocse.corpus import TokenBatch
+from isocse.encoders import pool
 from isocse.streams import (
     Covariance,
     MeanCosine,
@@ -90,24 +92,24 @@ class LayerGeometry:
         self,
         h: Float[Tensor, "sentences tokens d"],
         batch: TokenBatch,
-        pooled: Float[Tensor, "sentences d"] | None,
+        pooling: str | None = None,
     ) -> None:
         """Add a batch.
 
         Args:
             h: States of the layer.
             batch: Which of them are what, on the same device.
-            pooled: The sentences' vectors, where there are any.
+            pooling: Of the sentences' vectors; they are not measured where None.
         """
         flat = h.reshape(-1, h.shape[-1])
         states = _unit_states(flat, batch)
         norms = states.norm(dim=1)
         self._check(norms, batch)
         units = states / torch.where(norms > 0, norms, 1.0)[:, None]
-        self.core.update(states, units, norms, batch)
+        sums = self.core.update(states, units, norms, batch)
         self._update_pads(flat, batch)
         classes = batch.classes
-        if not bool(batch.counted.all()):
+        if not batch.all_counted:
             states, units, norms, classes = (part[batch.counted] for part in (states, units, norms, classes))
         self.tokens.update_units(states, units, norms, classes)
         self.norms.update(norms, classes)
@@ -120,13 +122,17 @@ class LayerGeometry:
         kinds = torch.stack([batch.types, batch.classes], dim=1)[batch.counted]
         self.sample_kinds.update(kinds[where], batch.numbers[counted])
         self.drawn.update(chosen)
-        if pooled is not None:
-            pooled = pooled.float()
-            self.pooled.update(pooled)
-            self.pooled_sample.update(pooled, batch.numbers)
-            self.pooled_covariance.update(pooled)
+        if pooling is not None:
+            summed = pooling == "mean" and batch.all_counted and batch.word is None
+            pooled = sums / batch.mask.sum(1, keepdim=True) if summed else pool(h, batch.mask, pooling)
+            self._update_pooled(pooled.float(), batch.numbers)
         for name, treat in self.treatments.items():
             self._update_treated(name, treat, flat, batch)
+
+    def _update_pooled(self, pooled: Float[Tensor, "sentences d"], numbers: np.ndarray) -> None:
+        self.pooled.update(pooled)
+        self.pooled_sample.update(pooled, numbers)
+        self.pooled_covariance.update(pooled)
 
     def _update_treated(self, name: str, treat: Treatment, flat: Tensor, batch: TokenBatch) -> None:
         states = treat(_unit_states(flat, batch)).float()
@@ -167,12 +173,12 @@ class CoreStreams:
         units: Float[Tensor, "n d"],
         norms: Float[Tensor, " n"],
         batch: TokenBatch,
-    ) -> None:
-        """Add a batch: states, the same with length 1, and their lengths."""
+    ) -> Float[Tensor, "sentences d"]:
+        """Add a batch: states, the same with length 1, and their lengths. Gives sums by sentence."""
         if len(self.types.counts):
             self.types.update(units, batch.types, batch.repeated, norms > 0)
         sentence = batch.sentence
-        if not bool(batch.counted.all()):
+        if not batch.all_counted:
             states, units, norms = states[batch.counted], units[batch.counted], norms[batch.counted]
             sentence = sentence[batch.counted]
         count = len(batch.numbers)
@@ -186,6 +192,7 @@ class CoreStreams:
         means = unit_sums[kept] / present[kept, None]
         self.intra.update((means * sums[kept]).sum(1) / lengths[kept])
         self.sentences.update(means, batch.numbers[kept.cpu().numpy()])
+        return sums
 
 
 class Geometry:
@@ -215,14 +222,14 @@ class Geometry:
         self,
         states: Sequence[Float[Tensor, "_ _ _"]],
         batch: TokenBatch,
-        pool: Callable[[Tensor, Tensor], Tensor] | None = None,
+        pooling: str | None = None,
     ) -> None:
         """Add a batch.
 
         Args:
             states: Of each layer; layers may have different sizes.
             batch: Which of them are what.
-            pool: Makes sentences' vectors from states and the mask.
+            pooling: Of sentences' vectors; they are not measured where None.
         """
         if self.layers is None:
             self.layers = list(range(len(states)))
@@ -235,8 +242,7 @@ class Geometry:
                     LayerGeometry(width, self._types, self.settings, layer, treatments, device)
                 )
         for layer, measured in zip(self.layers, self.measured, strict=True):
-            h = states[layer].to(device)
-            measured.update(h, batch, None if pool is None else pool(h, batch.mask))
+            measured.update(states[layer].to(device), batch, pooling)
 
     def results(
         self, analysed: np.ndarray, classes: np.ndarray, *, first_only: bool = False
@@ -285,13 +291,12 @@ def _results(layer: LayerGeometry, analysed: np.ndarray, classes: np.ndarray, fi
     m, e = found.measures, found.errors
     sample = layer.sample.rows
     sample = torch.zeros(0, 1) if sample is None else sample.double().cpu()
-    generator = np.random.default_rng(layer.settings.seed)
 
     m |= _core_measures(layer.core, analysed, e, first_only, found)
     m["anisotropy_tokens"] = layer.tokens.mean_cosine()
     if len(sample) > 1:
         m["anisotropy_sampled"] = cosines.mean_cosine(sample)
-        e["anisotropy_sampled"] = cosines.bootstrap_error(sample, generator)
+        e["anisotropy_sampled"] = _error(sample, layer.settings.seed)
     norms = layer.norms.all_groups()
     m["norm"], m["norm_spread"] = float(norms.mean), float(norms.std)
     e["norm"] = float(norms.error)
@@ -345,29 +350,30 @@ def _sentence_measures(layer: LayerGeometry, m: dict[str, float], e: dict[str, f
     if sample is None or len(sample) < 3:
         return
     sample = sample.double().cpu()
-    generator = np.random.default_rng(layer.settings.seed)
     m["sentence_cosine"] = layer.pooled.mean_cosine()
     share = len(sample) / layer.pooled_covariance.count
-    e["sentence_cosine"] = cosines.bootstrap_error(sample, generator) * share**0.5
-    if float(layer.pooled_covariance.scatter.trace()) <= 1e-12 * float(sample.square().sum()):
+    e["sentence_cosine"] = _error(sample, layer.settings.seed) * share**0.5
+    if float(layer.pooled_covariance.matrix.trace()) <= 1e-12 * float(sample.square().sum(1).mean()):
         return  # all sentences have one vector, as those of [CLS] at the embedding layer
     m["isoscore_sentences"] = layer.pooled_covariance.isoscore
     e["isoscore_sentences"] = isotropy.isoscore_error(sample, layer.pooled_covariance.count)
-    m["uniformity"] = isotropy.uniformity(sample)
-    e["uniformity"] = isotropy.uniformity_error(sample)
+    m["uniformity"], e["uniformity"] = isotropy.uniformity_with_error(sample)
     if layer.settings.detail:
-        m["partition_sentences"], e["partition_sentences"] = _partition(sample)
+        m["partition_sentences"], e["partition_sentences"] = isotropy.partition_with_error(
+            sample, torch.Generator().manual_seed(0)
+        )
 
 
 def _sample_measures(
     layer: LayerGeometry, sample: Tensor, found: Results, contributions: dimensions.Contributions
 ) -> None:
     m, e = found.measures, found.errors
-    generator = np.random.default_rng(layer.settings.seed)
     offset = layer.tokens.mean().cpu()
     m["residual_anisotropy"] = cosines.mean_cosine(sample - offset)
-    e["residual_anisotropy"] = cosines.bootstrap_error(sample - offset, generator)
-    m["partition_tokens"], e["partition_tokens"] = _partition(sample)
+    e["residual_anisotropy"] = _error(sample - offset, layer.settings.seed)
+    m["partition_tokens"], e["partition_tokens"] = isotropy.partition_with_error(
+        sample, torch.Generator().manual_seed(0)
+    )
     some = sample[:INFORMATIVITY_ROWS]
     for count in REMOVED:
         if count + 2 > sample.shape[1]:
@@ -381,12 +387,13 @@ def _sample_measures(
     found.removal["z-scores"] = {"anisotropy": cosines.mean_cosine(dimensions.standardize(sample))}
 
 
-def _partition(sample: Tensor) -> tuple[float, float]:
-    """Partition isotropy and its standard error."""
-    directions = isotropy.partition_directions(sample)
-    generator = torch.Generator().manual_seed(0)
-    logs = isotropy.log_partition(sample, directions)
-    return float((logs.min() - logs.max()).exp()), isotropy.partition_error(sample, generator, directions)
+@functools.lru_cache(maxsize=2)  # the layers of a model ask for the same ones
+def _resamples(n: int, seed: int) -> Tensor:
+    return cosines.resamples(n, np.random.default_rng(seed))
+
+
+def _error(sample: Tensor, seed: int) -> float:
+    return cosines.resampled_error(sample, _resamples(len(sample), seed))
 
 
 def _informativity(sample: Tensor, top: Tensor) -> float:

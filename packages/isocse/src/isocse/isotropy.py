@@ -12,11 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isocse.vectors import OtherRows, Rows, rows, unit_rows
+from isocse.vectors import OtherRows, Rows, add_products, rows, unit_rows
 from shared_core import InputError
 
 POINTS_PER_DIMENSION = 10
 """With fewer points a dimension, IsoScore comes out too low: the sample covariance has too small a rank."""
+BLOCK = 512
+"""Rows whose products are computed together: they stay in the processor's cache."""
+BLOCKS_IN_FLOAT32 = 8
+"""With so many blocks or more, products within a block are in float32, and added up in float64."""
 
 
 def isoscore(x: Rows, *, warn: bool = True) -> float:
@@ -36,18 +40,39 @@ def isoscore(x: Rows, *, warn: bool = True) -> float:
     >>> isoscore(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), warn=False)
     1.0
     """
-    points = rows(x, least=2)
+    points = torch.as_tensor(x).detach()
     n, d = points.shape
+    if n < 2:
+        raise InputError("expected at least 2 vectors", field="x", value=n)
     if warn and n < POINTS_PER_DIMENSION * d:
         warnings.warn(
             f"IsoScore of {n} points in {d} dimensions is too low: use {POINTS_PER_DIMENSION * d} or more, "
             "or isoscore_star",
             stacklevel=2,
         )
-    centred = points - points.mean(0)
-    # The squared entries of the n x n and of the d x d product are the same: take the smaller one.
-    product = centred @ centred.T if n < d else centred.T @ centred
-    return isoscore_of_moments(float(centred.square().sum()), float(product.square().sum()), d)
+    trace, squared_norm = _scatter_moments(points)
+    return isoscore_of_moments(trace, squared_norm, d)
+
+
+def _scatter_moments(points: Float[Tensor, "n d"]) -> tuple[float, float]:
+    """Trace and sum of squared entries of the scatter matrix, in blocks of rows."""
+    n, d = points.shape
+    mean = points.mean(0, dtype=torch.float64)
+    if not torch.isfinite(mean).all():
+        rows(points)  # tells the row
+    if n < d:  # the squared entries of the n x n and of the d x d product are the same: take the smaller one
+        centred = points.double() - mean
+        return float(centred.square().sum()), float((centred @ centred.T).square().sum())
+    # Rounding errors of products in float32 have no common sign, and d^2 entries are added up: of many
+    # blocks, 1e-9 of the sum is left.
+    exact = torch.float32 if n >= BLOCKS_IN_FLOAT32 * BLOCK else torch.float64
+    product, energy = torch.zeros(d, d, dtype=torch.float64, device=points.device), torch.zeros_like(mean)
+    for block in points.split(BLOCK):
+        centred = block.double() - mean
+        energy += centred.square().sum(0)
+        add_products(product, centred.to(exact))
+    upper = product.triu(1)
+    return float(energy.sum()), float(energy.square().sum() + 2 * upper.square().sum())
 
 
 def isoscore_of_moments(trace: float, squared_norm: float, dimensions: int) -> float:
@@ -97,7 +122,7 @@ def isoscore_error(x: Rows, count: int | None = None) -> float:
     """
     points = rows(x, least=3)
     n, d = points.shape
-    centred = points - points.mean(0)
+    centred = (points - points.mean(0)).float()  # enough for an error
     scatter = centred.T @ centred / n
     trace, squared = scatter.trace(), scatter.square().sum()
     energy = centred.square().sum(1)
@@ -117,38 +142,27 @@ def partition_isotropy(x: Rows) -> float:
     >>> round(partition_isotropy(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])), 6)
     1.0
     """
-    vectors = rows(x)
-    logs = log_partition(vectors, partition_directions(vectors))
-    return float((logs.min() - logs.max()).exp())
+    sums = _partition_terms(rows(x)).sum(0)
+    return float(sums.min() / sums.max())
 
 
-def partition_directions(x: Float[Tensor, "n d"]) -> Float[Tensor, "d twice"]:
-    """Unit eigenvectors of `X^T X` as columns, then the same with the other sign."""
-    columns = torch.linalg.eigh(x.T @ x).eigenvectors  # columns, not rows, are the eigenvectors
-    return torch.cat([columns, -columns], dim=1)
-
-
-def log_partition(x: Float[Tensor, "n d"], directions: Float[Tensor, "d c"]) -> Float[Tensor, " c"]:
-    """`log Z(c)` of each direction."""
-    return torch.logsumexp(x @ directions, dim=0)
-
-
-def partition_error(
-    x: Rows,
-    generator: torch.Generator,
-    directions: Float[Tensor, "d c"] | None = None,
-    replicates: int = 100,
-) -> float:
-    """Standard error of `partition_isotropy` by resampling rows; the eigenvectors stay where they are."""
-    vectors = rows(x, least=2)
-    exponents = vectors @ (partition_directions(vectors) if directions is None else directions)
-    values = (exponents - exponents.max()).exp()
-    n = vectors.shape[0]
+def partition_with_error(x: Rows, generator: torch.Generator, replicates: int = 100) -> tuple[float, float]:
+    """`partition_isotropy` and its standard error, by resampling rows; the eigenvectors stay."""
+    terms = _partition_terms(rows(x, least=2))
+    n = terms.shape[0]
     drawn = torch.randint(0, n, (replicates, n), generator=generator)
     weights = torch.zeros(replicates, n, dtype=torch.float64)
     weights.scatter_add_(1, drawn, torch.ones(replicates, n, dtype=torch.float64))
-    sums = weights @ values
-    return float((sums.min(1).values / sums.max(1).values).std())
+    whole, sums = terms.sum(0), weights @ terms
+    return float(whole.min() / whole.max()), float((sums.min(1).values / sums.max(1).values).std())
+
+
+def _partition_terms(x: Float[Tensor, "n d"]) -> Float[Tensor, "n twice"]:
+    """`exp(c . w)` of each row w and direction c, divided by the greatest of all."""
+    columns = torch.linalg.eigh(x.T @ x).eigenvectors  # columns, not rows, are the eigenvectors
+    exponents = x @ columns
+    greatest = exponents.abs().max()
+    return torch.cat([exponents - greatest, -exponents - greatest], dim=1).exp_()
 
 
 def uniformity(x: Rows, t: float = 2.0) -> float:
@@ -159,18 +173,20 @@ def uniformity(x: Rows, t: float = 2.0) -> float:
     >>> round(uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])), 6)
     -8.0
     """
-    kernels = _kernels(unit_rows(x), t)
-    n = len(kernels)
-    return float(((kernels.sum() - kernels.trace()) / (n * (n - 1))).log())
+    return float(_kernel_means(unit_rows(x), t).mean().log())
 
 
-def uniformity_error(x: Rows, t: float = 2.0) -> float:
-    """Standard error of `uniformity` of a sample, from each point's mean over its pairs (Hoeffding)."""
-    units = unit_rows(x, least=3)
-    n = units.shape[0]
-    kernels = _kernels(units, t)
-    by_point = (kernels.sum(1) - kernels.diagonal()) / (n - 1)
-    return float(2 * by_point.std() / n**0.5 / by_point.mean())
+def uniformity_with_error(x: Rows, t: float = 2.0) -> tuple[float, float]:
+    """`uniformity` of a sample and its standard error, from each point's mean over its pairs (Hoeffding)."""
+    by_point = _kernel_means(unit_rows(x, least=3), t)
+    mean = by_point.mean()
+    return float(mean.log()), float(2 * by_point.std() / len(by_point) ** 0.5 / mean)
+
+
+def _kernel_means(units: Float[Tensor, "n d"], t: float) -> Float[Tensor, " n"]:
+    """By row, the mean of `exp(-t |u - v|^2)` over all others, where `|u - v|^2 = 2 - 2 u . v`."""
+    kernels = (units @ units.T).sub_(1).mul_(2 * t).exp_()
+    return (kernels.sum(1) - kernels.diagonal()) / (len(kernels) - 1)
 
 
 def alignment(x: Rows, positive: OtherRows, alpha: float = 2.0) -> float:
@@ -198,8 +214,3 @@ def alignment_of_pairs(x: Rows, positive: OtherRows, alpha: float = 2.0) -> Floa
     kept = (norms > 0).all(0)
     units = [part[kept] / norm[kept, None] for part, norm in zip((first, second), norms, strict=True)]
     return (units[0] - units[1]).norm(dim=1).pow(alpha)
-
-
-def _kernels(units: Float[Tensor, "n d"], t: float) -> Float[Tensor, "n n"]:
-    """`exp(-t |u - v|^2)` of unit vectors, where `|u - v|^2 = 2 - 2 u . v`."""
-    return (-2 * t * (1 - units @ units.T)).exp()
