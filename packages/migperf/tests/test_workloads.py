@@ -44,6 +44,8 @@ def test_names_are_read_and_given_back(text, source, model):
         (lambda: parse("torchvision/resnet18", mode="generate"), "only transformers"),
         (lambda: parse("timm/vit_tiny_patch16_224", dtype="int8"), "expected one of float32"),
         (lambda: parse("torchvision/resnet18", image_folder="/nowhere"), "is not a folder"),
+        (lambda: parse("torchvision/resnet18", dataset="/nowhere"), "dataset: is not there"),
+        (lambda: parse("spin:1ms", dataset="/"), "only models by name take one"),
         (lambda: parse("torchvision/resnet18", batchsize=3), "a workload has source, model"),
         (lambda: parse("torchvision/resnet81").build(), "no such model, did you mean resnet18"),
         (lambda: parse("transformers/brt").build(), "did you mean bert"),
@@ -153,6 +155,51 @@ def test_images_of_a_folder_are_read_as_a_phase_of_their_own_unless_preloaded(tm
     assert {round(float(image.mean()) * 255) for image in preloaded.inputs.batch} <= {10, 11, 200, 201}
     with pytest.raises(InputError, match="has 2 classes, more than the model's"):
         parse("torchvision/resnet18", **{**options, "classes": 1}).build()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of datasets' own imports
+def test_rows_of_a_data_set_on_disk_are_inputs_and_reading_them_a_phase(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    images = [Image.fromarray(np.full((20, 20), shade, np.uint8)) for shade in (10, 200)]  # grey
+    rows = datasets.Dataset.from_dict({"img": images, "label": [0, 1]}).cast_column("img", datasets.Image())
+    rows.save_to_disk(tmp_path / "images")
+    options = {"image_size": 32, "batch": 4, "classes": 2, "dataset": str(tmp_path / "images")}
+    workload = parse("torchvision/resnet18", **options)
+    assert from_spec(workload.spec) == workload
+    task = workload.build()
+    assert task.step(1)["pipeline"] > 0
+    assert task.facts["inputs"] == str(tmp_path / "images")
+    preloaded = parse("torchvision/resnet18", **options, preload=True).build()
+    assert "pipeline" not in preloaded.step(1)
+    shades = [round(float(image.mean()) * 255) for image in preloaded.inputs.batch]
+    assert sorted(shades) == [10, 10, 200, 200]
+    assert preloaded.inputs.labels.tolist() == [int(shade > 100) for shade in shades]
+    with pytest.raises(InputError, match="has 2 classes, more than the model's"):
+        parse("torchvision/resnet18", **{**options, "classes": 1}).build()
+    with pytest.raises(InputError, match=r"expected a column input_ids or text \(there are: img, label\)"):
+        parse("transformers/bert", dataset=options["dataset"], config=TINY_BERT).build()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of datasets' own imports
+def test_tokens_of_a_file_are_cut_and_padded_to_the_sequence_length(tmp_path):
+    pytest.importorskip("datasets")
+    file = tmp_path / "tokens.jsonl"
+    file.write_text('{"input_ids": [7, 8, 9, 10, 11, 12], "label": 1}\n' * 2)
+    options = {"batch": 2, "classes": 3, "dataset": str(file), "config": TINY_BERT}
+    short = parse("transformers/bert", sequence_length=4, preload=True, **options).build()
+    assert short.inputs.batch.tolist() == [[7, 8, 9, 10]] * 2
+    assert short.inputs.labels.tolist() == [1, 1]
+    long = parse("transformers/bert", mode="train", sequence_length=8, **options).build()
+    assert long.step(1)["pipeline"] > 0
+    assert long.inputs.next(1, {})[0].tolist() == [[7, 8, 9, 10, 11, 12, 0, 0]]
+    file.write_text('{"input_ids": [99]}\n')
+    with pytest.raises(InputError, match="has token 99, the model knows 50"):
+        parse("transformers/bert", preload=True, **options).build()
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(InputError, match="tokenizer: name the folder"):
+        parse("transformers/bert", preload=True, **options).build()
 
 
 def test_spin_takes_processor_time_and_sleep_takes_none():

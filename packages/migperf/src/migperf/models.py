@@ -1,7 +1,7 @@
 """Models by name with random weights, and how they are trained, asked and made to generate."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
+from migperf.inputs import Inputs, inputs_of
 from migperf.workloads import Task, Workload
 from shared_core import InputError
 from shared_core.errors import needs_extra
@@ -43,7 +44,10 @@ def build(workload: Workload, device: str, requests: int) -> Task:
     torch.manual_seed(workload.seed)
     model = _transformer(workload) if workload.source == "transformers" else _vision(workload)
     model = model.to(device=torch.device(device), dtype=getattr(torch, workload.dtype))
-    inputs = _inputs(workload, model, device, requests)
+    vocabulary = 0
+    if workload.source == "transformers":
+        vocabulary = int(model.config.get_text_config().vocab_size)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    inputs = inputs_of(workload, vocabulary, device, requests)
     if workload.mode == "train":
         return Training(workload, model, inputs, device)
     if workload.mode == "generate":
@@ -106,75 +110,6 @@ def _unknown(workload: Workload, known: list[str]) -> InputError:
     return InputError(f"{workload.source} has no such model{hint}", field="workload", value=workload.model)
 
 
-class Inputs:
-    """Inputs of `items` on the host, pinned where they have to travel; synthetic, or images of a folder."""
-
-    def __init__(self, batch: Tensor, labels: Tensor, images: Iterator[tuple[Tensor, Tensor]] | None) -> None:
-        self.batch, self.labels, self.images = batch, labels, images
-
-    def next(self, items: int, phases: dict[str, float]) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of so many items; reading images is timed as `pipeline`."""
-        if self.images is None:
-            return self.batch[:items], self.labels[:items]
-        begin = time.perf_counter_ns()
-        pairs = [next(self.images) for _ in range(items)]
-        found = torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
-        phases["pipeline"] = time.perf_counter_ns() - begin
-        return found
-
-
-def _inputs(workload: Workload, model: nn.Module, device: str, requests: int) -> Inputs:
-    items = workload.batch * requests
-    generator = torch.Generator().manual_seed(workload.seed)
-    labels = torch.randint(workload.classes, (items,), generator=generator)
-    images = None
-    if workload.source == "transformers":
-        vocabulary = int(model.config.get_text_config().vocab_size)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        batch = torch.randint(1, vocabulary, (items, workload.sequence_length), generator=generator)
-    else:
-        size = workload.image_size
-        dtype = getattr(torch, workload.dtype)
-        batch = torch.rand(items, 3, size, size, generator=generator).to(dtype)
-        if workload.image_folder:
-            images = _folder(workload, dtype)
-            if workload.preload:
-                pairs = [next(images) for _ in range(items)]
-                batch, labels = (torch.stack(column) for column in zip(*pairs, strict=True))
-                images = None
-    if device.startswith("cuda"):
-        batch, labels = batch.pin_memory(), labels.pin_memory()
-    return Inputs(batch, labels, images)
-
-
-def _folder(workload: Workload, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return the images of the folder in a seeded order, again and again."""
-    from torchvision import datasets, transforms
-
-    size = (workload.image_size, workload.image_size)
-    read = transforms.Compose([transforms.Resize(size), transforms.ToTensor()])
-    try:
-        found = datasets.ImageFolder(workload.image_folder, read)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"has no images: {error}", field="image_folder", value=workload.image_folder
-        ) from error
-    if len(found.classes) > workload.classes:
-        raise InputError(
-            f"has {len(found.classes)} classes, more than the model's",
-            field="classes",
-            value=workload.classes,
-        )
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(workload.seed)).tolist()
-
-    def forever() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            for index in order:
-                image, label = found[index]
-                yield image.to(dtype), torch.tensor(label)
-
-    return forever()
-
-
 class _OnDevice:
     """What the three modes share: inputs that travel to the device, and waiting for it."""
 
@@ -185,7 +120,7 @@ class _OnDevice:
         self.facts: dict[str, Any] = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "weights": "random",
-            "inputs": workload.image_folder or "synthetic",
+            "inputs": workload.image_folder or workload.dataset or "synthetic",
         }
 
     def synchronize(self) -> None:

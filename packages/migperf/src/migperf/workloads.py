@@ -57,7 +57,10 @@ class Workload:
         config: What the model's constructor or configuration takes beside that.
         image_folder: Images in one folder a class, instead of synthetic ones; reading them is the phase
             `pipeline`.
-        preload: Whether images are read once, before the measurement, so that the pipeline is left out of it.
+        dataset: Instead of synthetic inputs: a folder that Hugging Face's `save_to_disk` wrote, or a parquet,
+            csv or json file, with a column of images, `input_ids` or `text`; reading is the phase `pipeline`.
+        tokenizer: Folder of the tokenizer for a column `text`.
+        preload: Whether inputs are read once, before the measurement, so that the pipeline is left out of it.
         learning_rate: Of SGD with momentum 0.9.
     """
 
@@ -73,6 +76,8 @@ class Workload:
     classes: int = 1000
     config: Mapping[str, Any] = field(default_factory=dict)
     image_folder: str = ""
+    dataset: str = ""
+    tokenizer: str = ""
     preload: bool = False
     learning_rate: float = 0.01
 
@@ -98,6 +103,12 @@ class Workload:
             )
         if self.image_folder and not Path(self.image_folder).is_dir():
             raise InputError("is not a folder", field="image_folder", value=self.image_folder)
+        if self.dataset and (self.image_folder or self.source not in _TORCH):
+            raise InputError(
+                "only models by name take one, and no folder beside it", field="dataset", value=self.dataset
+            )
+        if self.dataset and not Path(self.dataset).exists():
+            raise InputError("is not there", field="dataset", value=self.dataset)
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise InputError("expected 0 or more", field="learning_rate", value=self.learning_rate)
         if self.source in ("sleep", "spin"):
@@ -137,6 +148,8 @@ class Workload:
             spec["config"] = dict(self.config)
         if self.image_folder:
             spec |= {"image_folder": self.image_folder, "preload": self.preload}
+        if self.dataset:
+            spec |= {"dataset": self.dataset, "tokenizer": self.tokenizer, "preload": self.preload}
         if self.mode == "train" and self.source in _TORCH:
             spec["learning_rate"] = self.learning_rate
         return spec
