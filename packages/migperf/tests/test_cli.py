@@ -191,8 +191,8 @@ migperf.sweep(device, [migperf.Cell(g, (work,)) for g in ("1g*7", "2g*3", "3g*2"
     process.wait()
     process.stdout.close()
     assert len(records.finished(records.read(tmp_path / "out"))) == 2
-    code, _, err = call(capsys, "apply", "7g", "--device", device)
-    assert code == 3
+    code, out, err = call(capsys, "apply", "7g", "--device", device)
+    assert (code, out) == (3, "")  # no steps are printed that were not taken
     assert "restore it first" in err
     assert "would be undone" in call(capsys, "clear", "--restore", "--dry-run", "--device", device)[1]
     code, out, _ = call(capsys, "clear", "--restore", "--device", device)
@@ -276,6 +276,13 @@ def test_a_simulated_sweep_is_recommended_confirmed_and_reported_and_marked_ever
     assert made == ["r.simulated.csv", "r.simulated.html", "r.simulated.prom"]
     assert "(SIMULATED)" in (tmp_path / made[1]).read_text()
     assert 'simulated="true"' in (tmp_path / made[2]).read_text()
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path != jobs]
+    assert len(written) > 20
+    for path in written:
+        assert "simulated" in path.name
+        if path.suffix != ".npy":
+            assert "simulated" in path.read_text().lower()
+            assert '"simulated": false' not in path.read_text()
 
 
 def test_real_and_simulated_records_share_a_page_only_when_asked(capsys, tmp_path):

@@ -122,7 +122,11 @@ def test_slow_first_iterations_and_loading_stay_out_of_the_window(cpu, module):
             def synchronize(self): pass
         def make(workload, device): return Task()
     """)
-    (record,) = run(custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.5, repeats=1).records
+    result = run(custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.5, repeats=1)
+    (record,) = result.records
+    raw = result.raws[record.raw]
+    assert np.median(raw[:10]) < 2 * np.median(raw[-10:])  # slow ones take five times as long
+    assert 0.8 < record.items_per_second / (len(raw) / (raw.sum() / 1e9)) <= 1  # one after another
     assert record.metrics["first_ms"] >= 50
     assert record.metrics["warmup_iterations"] >= 20
     assert record.latency_ms["p50"] < 45
@@ -188,6 +192,14 @@ def test_a_worker_that_never_gets_ready_neither_hangs_the_parent_nor_counts_as_0
     assert re.search(message, record.message)
 
 
+def test_affinity_that_is_refused_is_said_with_what_is_allowed(cpu):
+    instance = replace(cpu.instances()[0], handle={"cpus": (4095,)})
+    (record,) = run(sleep("5ms"), [instance], cpu, duration=0.2, repeats=1).records
+    assert record.status == "failed"
+    allowed = re.escape(str(sorted(os.sched_getaffinity(0))))
+    assert re.search(rf"may not run on CPUs \[4095\] .*is allowed {allowed}", record.message)
+
+
 def test_out_of_memory_in_one_instance_leaves_the_others_measured(cpu, module):
     if len(cpu.cores) < 2:
         pytest.skip("needs two cores")
@@ -210,6 +222,7 @@ def test_a_rival_on_the_partition_contaminates_the_run(cpu):
         rival.kill()
         rival.wait()
     assert record.metrics["core_share"] < 0.8
+    assert record.items_per_second < 450  # 2 ms of a core each, of which the rival takes its share
     assert "core-time" in record.contaminated
     assert "other processes used" in record.contaminated
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shared_core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from migperf import exports, workloads
+    from migperf import exports, rivals, workloads
     from migperf.backends.opening import open
     from migperf.benching import bench
     from migperf.compatibility import compat
@@ -77,6 +77,7 @@ __all__ = [
     "confirm_run",
     "Gpu",
     "recommend_fleet",
+    "rivals",
     # errors
     "GeometryError",
     "DeviceError",
@@ -125,4 +126,4 @@ _HOME = {
 }
 
 # Each name is imported at first use: planning needs neither NumPy nor torch, and `--help` is there at once.
-__getattr__, __dir__ = lazy_names(__name__, _HOME, ("workloads", "exports"))
+__getattr__, __dir__ = lazy_names(__name__, _HOME, ("workloads", "exports", "rivals"))

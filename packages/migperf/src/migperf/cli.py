@@ -195,9 +195,12 @@ def apply(
 
     backend = _durable(device, allow_mode_change)
     wanted = Geometry.parse(geometry, backend).require()
-    typer.echo(plans.plan(backend, wanted))
-    if not dry_run:
+    steps = plans.plan(backend, wanted)
+    if dry_run:
+        typer.echo(steps)
+    else:
         with partitioned(backend, wanted, keep=True) as instances:
+            typer.echo(steps)  # those taken: a refusal prints none
             for instance in instances:
                 typer.echo(f"{instance.profile.name}@{instance.start} {instance.uuid}")
 
@@ -224,10 +227,11 @@ def clear(
         typer.echo(f"restored {left.geometry(backend)}\n{journal.restore(backend)}")
         return
     empty = Geometry(backend.layout)
-    typer.echo(plans.plan(backend, empty))
+    steps = plans.plan(backend, empty)
     if not dry_run and backend.instances():
         with journal.partitioned(backend, empty, keep=True):
             pass
+    typer.echo(steps)
 
 
 class _Progress:
@@ -261,7 +265,9 @@ def _show(records: Any, folder: Path | None) -> None:
         typer.echo(summaries.text(row))
     for one in summaries.comparisons(rows):
         tail = "" if one.p99_ratio is None else f", p99 x{one.p99_ratio:.2f}"
-        typer.echo(f"{one.row.label}: x{one.gain or 0:.2f} of {one.whole.label}{tail}")
+        mark = "" if one.row.clean and one.whole.clean else " (contaminated)"
+        what = f"{one.row.workload.split()[0]}, batch {one.row.batch}"
+        typer.echo(f"{one.row.label}, {what}: x{one.gain or 0:.2f} of {one.whole.label}{tail}{mark}")
     summaries.require_usable(rows)
 
 

@@ -119,6 +119,7 @@ def _dataset(workload: Workload, vocabulary: int) -> Iterator[Item]:
     """Return the rows of a data set that Hugging Face's `datasets` reads from disk; nothing is downloaded."""
     with needs_extra("datasets", "migperf"):
         import datasets
+        from datasets.exceptions import DatasetGenerationError
 
     def wrong(message: str) -> InputError:
         return InputError(message, field="dataset", value=workload.dataset)
@@ -132,7 +133,7 @@ def _dataset(workload: Workload, vocabulary: int) -> Iterator[Item]:
             found = datasets.load_dataset(kind, data_files=str(path), split="train")
         else:
             raise wrong("expected a folder of save_to_disk, or a parquet, csv or json file")
-    except (FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+    except (FileNotFoundError, DatasetGenerationError) as error:
         raise wrong(f"cannot be read: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         found = next(iter(found.values()))

@@ -7,6 +7,7 @@ libraries print goes to standard error.
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -21,10 +22,11 @@ WARMUP_SPREAD = 0.05
 """Coefficient of variation of the last ten iterations below which the workload counts as steady."""
 
 
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to end this process when the one that started it ends, however that ends."""
+def ask_the_kernel(parent: int) -> None:
+    """Have this process end when the one that started it ends, however that ends, and wake up on time."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    libc.prctl(29, 1)  # PR_SET_TIMERSLACK: sleeps before arrivals end within a microsecond, not 50
     if os.getppid() != parent:  # it ended before we asked
         os._exit(1)
 
@@ -34,8 +36,15 @@ def pin(cpus: list[int] | None) -> None:
     if cpus is None:
         return
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.sched_setaffinity(int(thread), cpus)
+        except ProcessLookupError:  # it ended meanwhile
+            pass
+        except OSError as error:  # a container that has other CPUs, or forbids the call
+            allowed = sorted(os.sched_getaffinity(0))
+            raise RuntimeError(
+                f"may not run on CPUs {list(cpus)} ({error.strerror}): this process is allowed {allowed}"
+            ) from error
 
 
 def threads_of(pid: int) -> dict[int, str]:
@@ -74,7 +83,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     asked = json.loads(sys.stdin.readline())
-    die_with_parent(asked["parent"])
+    ask_the_kernel(asked["parent"])
     stage = "start"
     try:
         pin(asked["cpus"])
@@ -194,6 +203,8 @@ class _Run:
         if "load" in moments:  # a window of its own schedule
             self.load = loads.from_spec(moments["load"])
         clock = loads.WallClock()
+        gc.collect()
+        gc.freeze()  # what model and libraries left is not gone through again in the window
         self.task.synchronize()
         if isinstance(self.load, loads.Open):
             schedule = loads.arrivals(self.load, (stop - start) / 1e9)
