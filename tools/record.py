@@ -73,6 +73,7 @@ class Proof:
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    meaning: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def load(file: Path) -> Proof:
         notes=[str(note) for note in record.optional("notes", list, [])],
         details=record.optional("details", dict, {}),
         command=record.optional("command", str, ""),
+        meaning=record.optional("meaning", str, ""),
     )
     if proof.holds != all(claim.holds for claim in proof.claims):
         raise RecordError(f"{file.name}: holds is {str(proof.holds).lower()}, but its claims say otherwise")

@@ -22,11 +22,7 @@ from tools.record import Metric, Outcome, Proof, RecordError, Status
 
 _KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
 _CLASSES: dict[Status, str] = {"holds": "holds", "does not hold": "fails", "crashed": "crashed"}
-_MEANING: dict[Status, str] = {
-    "holds": "The numbers satisfy the rule that was written down before the run.",
-    "does not hold": "The run worked; on this data the numbers do not satisfy the rule. Reported as it is.",
-    "crashed": "The run did not finish, so it says nothing about the claim.",
-}
+_CRASHED = "The run did not finish, so it says nothing about the claims:"
 
 
 def write(runs: Path, outcomes: list[Outcome]) -> Path:
@@ -50,7 +46,7 @@ def render(runs: Path, outcomes: list[Outcome]) -> str:
     read = [_read(runs / outcome.package, outcome) for outcome in outcomes]
     rows, sections = [], []
     for outcome, proof in read:
-        rows.append(_verdict_rows(outcome, proof))
+        rows.append(_verdict_row(outcome, proof))
         sections.append(_section(runs / outcome.package, outcome, proof))
     title = _title(read)
     return page(
@@ -58,10 +54,10 @@ def render(runs: Path, outcomes: list[Outcome]) -> str:
         f"""<div class="over">Proof report</div>
 <h1>{escape(title)}</h1>
 <p class="lead">Each package ran its paper’s method and the baselines on the same real data, seeds and budget.
-A verdict is computed from the numbers by a rule fixed beforehand; a claim that does not hold here is shown
-as such.</p>
+Each claim has a rule that was written down before the run, and the numbers decide by it. A proof holds where
+all its claims do; where one does not, the run worked, and it is reported as it is.</p>
 <div class="card"><table class="stack">
-<thead><tr><th>package</th><th>claim</th><th>verdict</th><th>in plain words</th><th>time</th></tr></thead>
+<thead><tr><th>package</th><th>verdict</th><th>what it means</th><th>time</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
 {"".join(sections)}
 <footer>Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by <code>make prove</code>. Brackets show the lowest
@@ -98,27 +94,16 @@ def _status(holds: bool) -> Status:
     return "holds" if holds else "does not hold"
 
 
-def _verdict_rows(outcome: Outcome, proof: Proof | None) -> str:
-    link = f'<a href="#{escape(outcome.package)}">{escape(outcome.package)}</a>'
-    time = duration(outcome.seconds)
+def _verdict_row(outcome: Outcome, proof: Proof | None) -> str:
     if proof is None or outcome.status == "crashed":
-        claims = "; ".join(claim.text for claim in proof.claims) if proof else "not tested"
-        words = f"{_MEANING['crashed']} {escape(outcome.reason)}"
-        return _verdict_row(f"<th>{link}</th>", escape(claims), "crashed", words, time)
-    rows = []
-    for position, claim in enumerate(proof.claims):
-        status = _status(claim.holds)
-        first = position == 0
-        words = escape(claim.reason) or _MEANING[status]
-        head = f"<th>{link}</th>" if first else "<th></th>"
-        rows.append(_verdict_row(head, escape(claim.text), status, words, time if first else ""))
-    return "".join(rows)
-
-
-def _verdict_row(head: str, claim: str, status: Status, words: str, time: str) -> str:
+        count, words = "", f"{_CRASHED} {outcome.reason}"
+    else:
+        count = f"{sum(claim.holds for claim in proof.claims)} of {len(proof.claims)} claims"
+        words = proof.meaning or "; ".join(claim.reason or claim.text for claim in proof.claims)
     return (
-        f'<tr>{head}<td>{claim}</td><td>{_pill(status)}</td><td class="soft">{words}</td>'
-        f'<td class="soft" style="white-space:nowrap">{time}</td></tr>'
+        f'<tr><th><a href="#{escape(outcome.package)}">{escape(outcome.package)}</a></th>'
+        f'<td>{_pill(outcome.status)}<div class="soft small">{count}</div></td><td>{escape(words)}</td>'
+        f'<td class="soft" style="white-space:nowrap">{duration(outcome.seconds)}</td></tr>'
     )
 
 

@@ -61,6 +61,7 @@ def filled(out, *, holds=(True,), **changes) -> ProofRun:
             run.add("minmax", "mse", 0.05)
         for number, verdict in enumerate(holds):
             run.claim(f"Claim {number}.", rule=f"Rule {number}.", holds=verdict, reason="90 > 80")
+        run.meaning("It agrees more often.")
     return run
 
 
@@ -81,6 +82,7 @@ def test_the_file_has_the_fields_of_the_design_and_the_numbers(tmp_path):
     assert content["pictures"] == ["claim.png"]
     assert content["claims"] == [{"text": "Claim 0.", "rule": "Rule 0.", "holds": True, "reason": "90 > 80"}]
     assert (content["notes"], content["details"]) == (["Twenty images."], {"bits": {"weights": 4}})
+    assert content["meaning"] == "It agrees more often."
     assert (content["quick"], content["command"]) == (True, "repqvit eval --data imagenet")
 
 
@@ -133,6 +135,7 @@ def contents(draw) -> dict:
         "notes": draw(st.lists(names, max_size=2)),
         "details": draw(st.dictionaries(names, st.lists(st.integers()), max_size=2)),
         "command": draw(st.text(max_size=8)),
+        "meaning": draw(st.text(max_size=8)),
     }
 
 

@@ -88,8 +88,19 @@ def test_several_claims_are_told_apart(tmp_path: Path) -> None:
     ]
     text = words(page_of(tmp_path, proof("one", claims=claims, holds=False), "does not hold"))
     assert "1 of 2 claims hold" in text
-    assert "First claim. holds 0.9 &gt; 0.5" in text
-    assert "Second claim. does not hold 0.1 &lt; 0.2" in text
+    assert "First claim. holds Rule, fixed before the run: r1 0.9 &gt; 0.5" in text
+    assert "Second claim. does not hold Rule, fixed before the run: r2 0.1 &lt; 0.2" in text
+
+
+def test_the_page_opens_with_what_each_verdict_means(tmp_path: Path) -> None:
+    claims = [{"text": f"Claim {n}.", "rule": "r", "holds": n == 1, "reason": "0.9"} for n in (1, 2)]
+    told = {"claims": claims, "holds": False}
+    meaning = "Use it where memory is short; it is no better elsewhere."
+    text = words(page_of(tmp_path, proof("one", **told, meaning=meaning), "does not hold"))
+    head = text.split("what it means time")[1]
+    assert head.startswith(f" one does not hold 1 of 2 claims {meaning} ")
+    older = words(page_of(tmp_path, proof("one", **told), "does not hold"))
+    assert "1 of 2 claims 0.9; 0.9" in older
 
 
 def test_what_a_package_writes_cannot_become_markup(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ class ProofRecord:
 
     methods: method -> metric -> one value a seed, in the order of `seeds`; `package` names the method itself.
     claim, rule, holds: all `claims` together. peak_memory_bytes: of the process or of its largest child.
-    pictures: file names beside proof.json. command: runs the same at full scale.
+    pictures: file names beside proof.json. command: runs the same at full scale. meaning: what the verdicts
+    come to for somebody who would use the method, in plain words.
     """
 
     package: str
@@ -77,6 +78,7 @@ class ProofRecord:
     notes: list[str]
     details: dict[str, Any]
     command: str
+    meaning: str
 
     def difference(self, baseline: str, metric: str) -> Spread:
         """The method minus a baseline, paired by seed."""

@@ -68,6 +68,7 @@ class ProofRun:
         self._claims: list[Claim] = []
         self._pictures: list[str] = []
         self._notes: list[str] = []
+        self._meaning = ""
         self._details: dict[str, Any] = {}
         self._started: float | None = None
         self._wall: float | None = None
@@ -134,6 +135,13 @@ class ProofRun:
         """
         self._claims.append(Claim(text, rule, bool(holds), reason))
 
+    def meaning(self, text: str) -> None:
+        """Say what the verdicts come to for somebody who would use the method, in a sentence or two.
+
+        It opens the report. It has to fit the numbers, so it is made of them, and said once they are there.
+        """
+        self._meaning = text
+
     def picture(self, name: str) -> Path:
         """Record a picture and give the path to save it at, in the folder `out`."""
         file = name if Path(name).suffix else f"{name}.png"
@@ -155,7 +163,7 @@ class ProofRun:
         """Write proof.json, print the table and give the exit code: 0 where all claims hold, else 1.
 
         Raises:
-            ValueError: There is no claim, or a value, method or picture is missing.
+            ValueError: There is no claim or no meaning, or a value, method or picture is missing.
         """
         record = self._record()
         write_json(self.out / FILE_NAME, asdict(record))
@@ -186,6 +194,7 @@ class ProofRun:
             notes=self._notes,
             details=self._details,
             command=self.command,
+            meaning=self._meaning,
         )
 
     def _check_complete(self) -> None:
