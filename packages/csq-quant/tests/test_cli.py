@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_runs import killed_at_a_checkpoint, slow_command
+from training_runs import killed_at_a_checkpoint
 
 import csq
 from csq import cli, runs, sources, stages
@@ -93,12 +93,14 @@ print("torch" in sys.modules)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("model", ["torchvision/squeezenet1_1", "timm/test_resnet"])
+@pytest.mark.parametrize(
+    ("model", "planes"), [("torchvision/squeezenet1_1", ["--n-bits", 7]), ("timm/test_resnet", [])]
+)
 def test_a_users_model_trains_hardens_shows_exports_and_is_evaluated(
-    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, planes: list[object], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, file = tmp_path / "run", tmp_path / "m.safetensors"
-    options = ["--target-bits", 2.5, "--n-bits", 7, "--lr", 0.002]
+    options = ["--target-bits", 2.5, *planes, "--lr", 0.002]
     assert run("train", "--model", model, "--data", data, "--out", out, *SHORT, *options) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["average_bits"] == pytest.approx(2.5, rel=0.02)
@@ -121,7 +123,13 @@ def test_a_users_model_trains_hardens_shows_exports_and_is_evaluated(
         assert picture.width == 1200
 
     assert run("export", file, "--out", tmp_path / "m.onnx", "--data", data) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if "largest difference" in line)
+    printed = capsys.readouterr().out
+    hard_report = csq.report(runs.HardenedFile.open(file).model)
+    wide = [layer.name for layer in hard_report.layers if int(layer.codes.abs().max()) > 128]
+    assert bool(wide) == (not planes)  # eight planes are the default, and some layers here need them
+    assert ("stored as int16" in printed) == bool(wide)
+    assert all(name in printed for name in wide[:5])
+    row = next(line for line in printed.splitlines() if "largest difference" in line)
     difference, _, largest = row.split("│")[2].split()
     assert float(difference) < 1e-3 * float(largest)
 
@@ -171,11 +179,12 @@ def test_inspect_counts_a_run_as_the_file_that_it_becomes(
     assert first >= 1
 
 
+@pytest.mark.usefixtures("process_server")
 def test_a_killed_run_resumes_to_the_same_last_bit(data: Path, tmp_path: Path) -> None:
     options = ["--model", "csq/resnet8", "--data", data, *SHORT, "--epochs", 5, "--image-size", 16]
     killed = tmp_path / "killed"
     arguments = [str(argument) for argument in ("train", "--out", killed, *options)]
-    killed_at_a_checkpoint([killed], slow_command, [arguments])
+    killed_at_a_checkpoint(killed, arguments)
     assert 0 < read_checkpoint(killed / CHECKPOINT).step < 15
     assert run("train", "--out", killed, "--resume", "--device", "cpu") == 0
     whole = tmp_path / "whole"

@@ -16,6 +16,7 @@ from torch import nn
 
 import csq
 from csq.activations import quantize_activations
+from csq.onnx_export import wide_layers
 from shared_core import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:hardened at temperature")
@@ -67,16 +68,35 @@ def math_size(tensor: onnx.TensorProto) -> int:
     return int(np.prod(tensor.dims))
 
 
-def test_eight_planes_do_not_fit_int8_and_are_not_cut(tmp_path):
-    final = csq.harden(fixed(small_net(), "11111111")).eval()
-    with pytest.raises(InputError, match="0, 4: weights of 9 bits do not fit int8; train with n_bits=7"):
-        csq.export_onnx(final, tmp_path / "m.onnx", torch.randn(1, 3, 8, 8))
-    assert not (tmp_path / "m.onnx").exists()
-    path = csq.export_onnx(final, tmp_path / "m.onnx", torch.randn(2, 3, 8, 8), wide="int16")
-    assert len(integer_weights(path)[TensorProto.INT16]) == 2
+@pytest.mark.parametrize(
+    ("opset", "wide", "dtype"),
+    [(21, "auto", TensorProto.INT16), (18, "auto", TensorProto.INT32), (21, "int32", TensorProto.INT32)],
+)
+def test_layers_that_pass_int8_are_wider_integers_and_named(opset, wide, dtype, tmp_path):
+    model = fixed(small_net(), "11111111")
+    csq.bit_layers(model)["4"].set_live(torch.arange(8) >= 5, fix=True)
+    final = csq.harden(model).eval()
+    assert list(wide_layers(final)) == ["0"]
+    path = csq.export_onnx(final, tmp_path / "m.onnx", torch.randn(2, 3, 8, 8), opset=opset, wide=wide)
+    onnx.checker.check_model(path)
+    (tensor,) = integer_weights(path)[dtype]
+    codes = final.report.layers[0].codes
+    assert codes.abs().max() > 127
+    assert np.array_equal(numpy_helper.to_array(tensor).reshape(codes.shape), codes.numpy())
+    assert len(integer_weights(path)[TensorProto.INT4 if opset == 21 else TensorProto.INT8]) == 1
     x = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
         np.testing.assert_allclose(run(path, x), final(x).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_pass_int8_can_be_refused(tmp_path):
+    final = csq.harden(fixed(small_net(), "11111111")).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(InputError, match="wide: 0, 4: weights of 9 bits do not fit int8; train with"):
+        csq.export_onnx(final, tmp_path / "m.onnx", x, wide="raise")
+    with pytest.raises(InputError, match=r"int16 needs opset 21 or newer: wide='int32' has them in opset 18"):
+        csq.export_onnx(final, tmp_path / "m.onnx", x, wide="int16", opset=18)
+    assert not (tmp_path / "m.onnx").exists()
 
 
 @pytest.mark.parametrize(("method", "bits"), [("pact", 4), ("lsq", 8)])
@@ -148,8 +168,8 @@ def test_bad_requests_are_refused_before_the_work(tmp_path):
     final = csq.harden(fixed(small_net(), "1110000"))
     with pytest.raises(InputError, match="opset: expected an opset from 18 to 23"):
         csq.export_onnx(final, tmp_path / "m.onnx", x, opset=12)
-    with pytest.raises(InputError, match="wide: expected raise or int16"):
-        unchecked(csq.export_onnx)(final, tmp_path / "m.onnx", x, wide="int32")
+    with pytest.raises(InputError, match=r"wide: expected auto, int16, int32, raise \(got 'int64'\)"):
+        unchecked(csq.export_onnx)(final, tmp_path / "m.onnx", x, wide="int64")
     with pytest.raises(InputError, match="sample: expected an input with its batch axis"):
         csq.export_onnx(final, tmp_path / "m.onnx", x[:0])
     with pytest.raises(InputError, match="there is no folder"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_runs import METHODS, STEPS, killed_at_a_checkpoint, run, slow_run, small_model, stripes
+from training_runs import METHODS, STEPS, run, small_model, stripes
 
 import csq
 from csq import rivals
@@ -69,18 +69,6 @@ def test_a_run_resumed_at_any_stage_ends_bit_for_bit_like_one_without_a_break(
     assert resumed.history == whole.history
     assert _same(resumed.model.state_dict(), whole.model.state_dict())
     assert _same(resumed.checkpoint.optimizer, whole.checkpoint.optimizer)
-
-
-def test_killed_runs_resume_to_the_same_last_bit(tmp_path: Path) -> None:
-    names = ["csq", "bsq", "hawq", "lsq"]
-    folders = [tmp_path / name for name in names]
-    for folder in folders:
-        folder.mkdir()
-    killed_at_a_checkpoint(folders, slow_run, names, folders)
-    for name, folder in zip(names, folders, strict=True):
-        assert 0 < read_checkpoint(folder / CHECKPOINT).step < STEPS
-        resumed = run(name, folder, resume=True)
-        assert _same(resumed.model.state_dict(), run(name).model.state_dict())
 
 
 def test_a_finished_run_is_not_trained_on(tmp_path: Path) -> None:
@@ -277,6 +265,21 @@ def test_the_soft_hard_gap_is_the_difference_of_accuracies() -> None:
     accuracy = top1(good, data, data.test)
     assert gap == pytest.approx(2 * accuracy - 1, abs=1e-6)
     assert accuracy > 0.9
+
+
+def test_top1_is_the_share_of_images_whose_highest_score_is_right() -> None:
+    data = stripes()
+    model = small_model().eval()
+    right = 0
+    for number, label in enumerate(data.test.labels.tolist()):
+        scores = model(data.inputs(data.test.read(torch.tensor([number]))))[0].tolist()
+        right += scores.index(max(scores)) == label
+    assert 0 < right < len(data.test.labels)
+    assert top1(model, data, data.test) == pytest.approx(right / len(data.test.labels))
+    with torch.no_grad():
+        model[8].bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="model: the model's scores are not finite"):
+        top1(model, data, data.test)
 
 
 def test_csq_uniform_has_all_its_planes_and_csq_meets_its_target_in_the_same_loop() -> None:

@@ -1,13 +1,11 @@
-"""Small runs for the tests, and slow ones that a test kills."""
+"""Small runs for the tests, and a slow one that a test kills."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -80,41 +78,27 @@ def run(
     return train(small_model(), METHODS[name], stripes(), recipe, folder=folder, resume=resume, **more)
 
 
-def _slowly(step: int, loss: float) -> None:
-    time.sleep(0.05)  # so that it is killed between two checkpoints, or while one is written
-
-
-def slow_run(name: str, folder: Path) -> None:
-    """As `run`, in a process of its own."""
-    torch.set_num_threads(1)
-    run(name, folder, progress=_slowly)
-
-
 def slow_command(arguments: list[str]) -> None:
     """The command `csq train` with pauses between the steps, in a process of its own."""
     torch.set_num_threads(1)
     step = training._Run._train_step
 
     def slow_step(self: training._Run, index: int) -> float:
-        _slowly(0, 0.0)
+        time.sleep(0.05)  # so that it is killed between two checkpoints, or while one is written
         return step(self, index)
 
     training._Run._train_step = slow_step  # type: ignore[method-assign]
     command.run(cli.app, arguments)
 
 
-def killed_at_a_checkpoint(folders: list[Path], target: Callable[..., None], *arguments: Any) -> None:
-    """Start a process for each folder and kill it when it has written a checkpoint, before it ends."""
-    context = multiprocessing.get_context("forkserver")
-    running = [context.Process(target=target, args=each) for each in zip(*arguments, strict=True)]
-    for process in running:
-        process.start()
+def killed_at_a_checkpoint(folder: Path, arguments: list[str]) -> None:
+    """Start `slow_command` in a process and kill it when it has written a checkpoint, before it ends."""
+    process = multiprocessing.get_context("forkserver").Process(target=slow_command, args=(arguments,))
+    process.start()
     deadline = time.monotonic() + 240
-    while any(process.is_alive() for process in running) and time.monotonic() < deadline:
-        for folder, process in zip(folders, running, strict=True):
-            if (folder / CHECKPOINT).exists():
-                process.kill()
+    while process.is_alive() and time.monotonic() < deadline:
+        if (folder / CHECKPOINT).exists():
+            process.kill()
         time.sleep(0.005)
-    for process in running:
-        process.join()
-    assert [process.exitcode for process in running] == [-signal.SIGKILL] * len(running)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL

@@ -115,10 +115,10 @@ def export(
     wide: Annotated[
         str,
         typer.Option(
-            help="Layers of 9 stored bits, which pass int8: raise, or int16.",
-            callback=one_of("raise", "int16"),
+            help="For layers of 9 bits, which pass int8. auto: int16, or int32 below opset 21; raise: none.",
+            callback=one_of("auto", "int16", "int32", "raise"),
         ),
-    ] = "raise",
+    ] = "auto",
     data: Data = None,
 ) -> None:
     """Write a hardened model as ONNX with integer weights, and run it beside the model in onnxruntime.
@@ -129,6 +129,7 @@ def export(
         import torch
 
         import csq
+        from csq.onnx_export import NARROW_OPSET, wide_layers
         from csq.runs import HardenedFile
 
         file = HardenedFile.open(path)
@@ -143,6 +144,9 @@ def export(
         with torch.no_grad():
             largest = float(file.model(sample).abs().max())
         difference = csq.compare_onnx(file.model, out, sample)
+        wider = wide_layers(file.model)
+    if wider:
+        typer.echo(_cost(wider, 4 if wide == "int32" or opset < NARROW_OPSET else 2))
     table = Table("exported", str(out))
     table.add_row("bytes of the hardened file", f"{path.stat().st_size:,}")
     table.add_row("bytes of the ONNX file", f"{out.stat().st_size:,}")
@@ -151,6 +155,16 @@ def export(
         f"{difference:.3g} of {largest:.3g}",
     )
     command.print_table(table)
+
+
+def _cost(wider: dict[str, int], width: int) -> str:
+    """Which layers do not fit int8, and what that costs."""
+    names, more = list(wider), f" and {len(wider) - 5} more" if len(wider) > 5 else ""
+    return (
+        f"{', '.join(names[:5])}{more}: 9 bits a weight, stored as int{8 * width}, which costs "
+        f"{(width - 1) * sum(wider.values()):,} bytes over int8; they run as floats. "
+        "csq train --n-bits 7 avoids it"
+    )
 
 
 def evaluate(

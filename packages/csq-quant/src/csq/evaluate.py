@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from csq.data import ImageData, Split
+from shared_core import InputError
 
 
 @torch.no_grad()
@@ -27,10 +28,15 @@ def class_scores(
 
 
 def top1(model: nn.Module, data: ImageData, split: Split) -> float:
-    """Return the share of images whose highest score is at the right class."""
-    from shared_core.metrics import classification
+    """Return the share of images whose highest score is at the right class.
 
-    return classification(class_scores(model, data, split), split.labels, topk=(1,))["top1"]
+    Raises:
+        InputError: The model's scores are not finite.
+    """
+    scores = class_scores(model, data, split)
+    if not bool(scores.isfinite().all()):
+        raise InputError("the model's scores are not finite", field="model")
+    return float((scores.argmax(1) == split.labels.cpu()).double().mean())
 
 
 def soft_hard_gap(soft: nn.Module, hard: nn.Module, data: ImageData, split: Split) -> float:

@@ -1,8 +1,8 @@
 """A hardened model as an ONNX file whose weights are integers: DequantizeLinear(codes, step) before each use.
 
-Weights of at most 4 bits are stored as int4 (opset 21), of at most 8 as int8, zero point 0; activation
-quantizers become QuantizeLinear and DequantizeLinear. The file runs at the speed of 8-bit integers, or of
-floats where a runtime has no integer kernel: fewer bits buy size, not speed.
+Weights of at most 4 bits are stored as int4 (opset 21), of at most 8 as int8, of 9 as int16, zero point 0;
+activation quantizers become QuantizeLinear and DequantizeLinear. The file runs at the speed of 8-bit
+integers, or of floats where a runtime has no integer kernel: fewer bits buy size, not speed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from shared_core.files import atomic_path
 
 if TYPE_CHECKING:
     import onnx
+
+Wide = Literal["auto", "int16", "int32", "raise"]
 
 MIN_OPSET, MAX_OPSET = 18, 23
 """The opsets that torch writes and converts to."""
@@ -44,7 +46,7 @@ def export_onnx(
     *,
     opset: int = NARROW_OPSET,
     dynamic_batch: bool = True,
-    wide: Literal["raise", "int16"] = "raise",
+    wide: Wide = "auto",
 ) -> Path:
     """Write a hardened model as an ONNX file with integer weights.
 
@@ -58,29 +60,31 @@ def export_onnx(
         sample: an input with its batch axis, or the keyword arguments of forward.
         opset: 18 to 23; below 21 nothing is stored in 4 bits.
         dynamic_batch: whether the batch size is free in the file.
-        wide: what to do with a layer whose integers pass int8, as eight planes do (±255): `raise`, or store
-            `int16` (opset 21), from which runtimes make a float weight when they load the file.
+        wide: how to store a layer whose integers pass int8, as eight planes do (±255). `auto`: as `int16`
+            where the opset has it (21), else as `int32`, which older runtimes know. `int16`, `int32`: so.
+            `raise`: not at all. Runtimes make a float weight of either when they load the file, so such a
+            layer takes 2 or 4 bytes a weight there and runs as a float one; `wide_layers` names them.
 
     Returns:
         The path written. A tensor output is named `output`.
 
     Raises:
-        InputError: not a hardened model; a layer too wide for int8; a model that torch.export cannot trace;
-            an option out of range; the onnx extra missing.
+        InputError: not a hardened model; with `wide="raise"`, a layer too wide for int8; a model that
+            torch.export cannot trace; an option out of range; the onnx extra missing.
     """
     if bit_layers(final):
         raise InputError("still has soft gates; export csq.harden(model)", field="model")
     if not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError(f"expected an opset from {MIN_OPSET} to {MAX_OPSET}", field="opset", value=opset)
-    if wide not in ("raise", "int16"):
-        raise InputError("expected raise or int16", field="wide", value=wide)
+    if wide not in get_args(Wide):
+        raise InputError(f"expected {', '.join(get_args(Wide))}", field="wide", value=wide)
     _need("onnx", "onnxscript")
     check_unchanged(final)
     layers = report(final).layers
-    _check_widths(layers, wide, opset)
+    widest = _widest(final, wide, opset)
     with atomic_path(path) as temporary:  # first: a path that cannot be written should not cost an export
         model = copy.deepcopy(unwrap(final)).cpu().eval()
-        _install_weights(model, layers, opset)
+        _install_weights(model, layers, opset, widest)
         _install_activations(model, opset)
         graph = _to_graph(model, sample, opset, dynamic_batch)
         _store_int4(graph)
@@ -125,15 +129,29 @@ def _need(*modules: str) -> None:
             raise InputError(f"{error.name} is not installed: pip install 'csq-quant[onnx]'") from error
 
 
-def _check_widths(layers: Iterable[LayerReport], wide: str, opset: int) -> None:
-    too_wide = [layer.name for layer in layers if not _fits(layer, 8)]
-    if not too_wide or (wide == "int16" and opset >= NARROW_OPSET):
-        return
-    raise InputError(
-        f"{', '.join(too_wide[:5])}: weights of 9 bits do not fit int8; train with n_bits=7 or less, or "
-        f"export with wide='int16' and opset {NARROW_OPSET} or newer",
-        field="model",
-    )
+def wide_layers(final: nn.Module) -> dict[str, int]:
+    """Weights of each layer whose integers pass int8, by the layer's name."""
+    return {layer.name: layer.codes.numel() for layer in report(final).layers if not _fits(layer, 8)}
+
+
+def _widest(final: nn.Module, wide: str, opset: int) -> torch.dtype:
+    """The type of integers that pass int8.
+
+    Raises:
+        InputError: There are such layers, and they are not wanted, or the opset lacks the type.
+    """
+    if wide == "int32" or (wide == "auto" and opset < NARROW_OPSET):
+        return torch.int32
+    if (wide == "raise" or opset < NARROW_OPSET) and (names := list(wide_layers(final))):
+        more = ", ..." if len(names) > 5 else ""
+        advice = (
+            "train with n_bits=7 or less, or export with wide='auto'" if wide == "raise"
+            else f"int16 needs opset {NARROW_OPSET} or newer: wide='int32' has them in opset {opset}"
+        )  # fmt: skip
+        raise InputError(
+            f"{', '.join(names[:5])}{more}: weights of 9 bits do not fit int8; {advice}", field="wide"
+        )
+    return torch.int16
 
 
 def _fits(layer: LayerReport, bits: int) -> bool:
@@ -151,12 +169,12 @@ def _emit(operator: str, inputs: tuple[Tensor | None, ...], dtype: torch.dtype, 
 class _Dequantized(nn.Module):
     """A weight: codes times step."""
 
-    def __init__(self, layer: LayerReport, opset: int, dtype: torch.dtype) -> None:
+    def __init__(self, layer: LayerReport, opset: int, widest: torch.dtype, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         narrow = _fits(layer, 4) and opset >= NARROW_OPSET
         self.name = _INT4 if narrow else "codes"
-        codes = layer.codes.to(torch.int8 if _fits(layer, 8) else torch.int16).contiguous()
+        codes = layer.codes.to(torch.int8 if _fits(layer, 8) else widest).contiguous()
         self.register_buffer(self.name, codes)
         self.register_buffer("step", torch.tensor(layer.step, dtype=torch.float32))
 
@@ -199,13 +217,15 @@ class _Activation(nn.Module):
         return _emit("DequantizeLinear", (codes, scale, zero_point), x.dtype, x.shape)
 
 
-def _install_weights(model: nn.Module, layers: Iterable[LayerReport], opset: int) -> None:
+def _install_weights(
+    model: nn.Module, layers: Iterable[LayerReport], opset: int, widest: torch.dtype
+) -> None:
     for layer in layers:
         made: _Dequantized | None = None
         for key in layer.tensors:
             module_name, _, tensor_name = key.rpartition(".")
             module = model.get_submodule(module_name)
-            made = made or _Dequantized(layer, opset, getattr(module, tensor_name).dtype)
+            made = made or _Dequantized(layer, opset, widest, getattr(module, tensor_name).dtype)
             torch_parametrize.register_parametrization(module, tensor_name, made, unsafe=True)
 
 
