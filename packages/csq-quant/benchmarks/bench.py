@@ -48,7 +48,7 @@ class NaivePlanes(BitPlanes):
     """The formula written down, with all that autograd keeps for it."""
 
     def forward(self) -> Tensor:
-        scale = self.scale * self.gain()
+        scale = self.scale * self.gain
         return naive_bit_weight(self.positive, self.negative, self.mask, scale, self.temperature)
 
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ["CSQ_KERNEL"] = "eager"  # compiling takes seconds; test_kernels.py asks for it
 
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ import torch
 from shared_core import testing
 
 # Tests of killed runs and of several processes start theirs from one server, which imports torch once.
+# torch._dynamo: the first optimizer in a process imports it, which takes seconds.
 get_context("forkserver").set_forkserver_preload(
-    ["csq.cli", "csq.runs", "csq.experiments", "torch.distributed"]
+    ["csq.cli", "csq.runs", "csq.experiments", "torch.distributed", "torch._dynamo"]
 )
 
 testing.check_annotations("csq")
@@ -28,6 +29,17 @@ testing.hypothesis_profile()
 torch.set_num_threads(1)
 
 pytest_configure = testing.ignore_torchao_docstrings
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the server, where a test wants it, beside the tests that do not."""
+    if any("process_server" in getattr(item, "fixturenames", ()) for item in session.items):
+        forkserver.ensure_running()
+
+
+@pytest.fixture
+def process_server() -> None:
+    """Asked for by tests that start processes."""
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from two_processes import STEPS, work
 import csq
 
 
+@pytest.mark.usefixtures("process_server")
 def test_two_processes_grow_the_same_scheme(tmp_path: Path):
     multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from csq import experiments
+from csq import experiments, methods
 from csq.experiments import Outcome, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the search (kept fewer|ended at)")
@@ -50,6 +50,7 @@ def test_a_short_run_measures_accuracy_and_three_sizes_at_its_target(architectur
     assert outcome.run == run
 
 
+@pytest.mark.usefixtures("process_server")
 def test_the_same_run_gives_the_same_outcome_in_another_process() -> None:
     runs = [Run("resnet20", "lsq", "1 bit", 0, steps=6)]
     here = experiments.execute_all(runs, workers=0)
@@ -57,7 +58,8 @@ def test_the_same_run_gives_the_same_outcome_in_another_process() -> None:
     assert [replace(o, seconds=0.0) for o in here] == [replace(o, seconds=0.0) for o in there]
 
 
-def test_runs_that_share_their_first_steps_give_what_they_give_alone() -> None:
+def test_runs_that_share_their_first_steps_give_what_they_give_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "SAMPLES", 2)  # of the traces, which the runs share too
     runs = [Run("mixer", "hawq", point, 0, steps=8) for point in ("1.5 bits", "2 bits")]
     together = experiments.execute_all(runs, workers=0)
     alone = [experiments.execute(run) for run in runs]

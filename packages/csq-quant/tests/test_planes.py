@@ -161,6 +161,7 @@ def test_live_planes_return_with_the_state_dict():
     assert torch.equal(twin[0].weight, model[0].weight)
 
 
+@pytest.mark.usefixtures("process_server")
 def test_a_traced_graph_of_the_user_is_one_graph_and_gives_the_same():
     # In a process of its own, without the tests' checks of annotations, which would be traced too.
     process = multiprocessing.get_context("forkserver").Process(target=check_traced)

@@ -53,6 +53,7 @@ class BitPlanes(nn.Module):
     step: Tensor
     plan: Tensor
     centres: Tensor
+    gain: Tensor
 
     def __init__(
         self,
@@ -81,9 +82,13 @@ class BitPlanes(nn.Module):
         self.register_buffer("plan", torch.zeros(PLAN_FIELDS, dtype=torch.float64, device=device))
         # m0 of weight and mask gates that the gain undoes; 0 for none.
         self.register_buffer("centres", torch.tensor([gate_init if centred else 0.0] * 2, device=device))
+        # Follows from the buffers above; kept, as it changes once a step and is wanted by each forward pass.
+        self.register_buffer("gain", torch.ones((), device=device), persistent=False)
         self._gradient_memory = GradientBuffers()
         self._live_planes = tuple(range(n_bits))
         self._fixed = not searching
+        with torch.no_grad():
+            self._update_gain()
         self.reset(weight)
 
     @torch.no_grad()
@@ -115,7 +120,7 @@ class BitPlanes(nn.Module):
                 self.positive,
                 self.negative,
                 self.mask_gates(),
-                self.scale * self.gain(),
+                self.scale * self.gain,
                 self.temperature,
                 self._live_planes,
                 compiled=self.compiled,
@@ -132,12 +137,13 @@ class BitPlanes(nn.Module):
         soft = torch.sigmoid(self.mask * self.temperature)
         return torch.where(self.mask_fixed, self.live.to(soft.dtype), soft)
 
-    def gain(self) -> Float[Tensor, ""]:
-        """1 over what gates at their initial ±m0 yield at this temperature; tends to 1 as β grows."""
+    def _update_gain(self) -> None:
+        """Set `gain` to 1 over what gates at their initial ±m0 yield at this temperature; 1 as β grows."""
         weight_gates = torch.tanh(self.temperature * self.centres[0] / 2)
         mask_gates = torch.sigmoid(self.temperature * self.centres[1])
         mask_gates = torch.where(self.mask_fixed, torch.ones_like(mask_gates), mask_gates)
-        return torch.where(self.centres[0] > 0, 1 / (weight_gates * mask_gates), torch.ones_like(mask_gates))
+        gain = torch.where(self.centres[0] > 0, 1 / (weight_gates * mask_gates), torch.ones_like(mask_gates))
+        self.gain.copy_(gain)
 
     @property
     def scale(self) -> Float[Tensor, ""]:
@@ -172,6 +178,7 @@ class BitPlanes(nn.Module):
     def set_temperature(self, temperature: float) -> None:
         """Set β."""
         self.temperature.fill_(temperature)
+        self._update_gain()
 
     @torch.no_grad()
     def set_live(self, live: Bool[Tensor, " planes"], fix: bool = False) -> None:
@@ -193,9 +200,12 @@ class BitPlanes(nn.Module):
         for gates in (self.positive, self.negative):
             gates.copy_(torch.where(gates >= 0, centre, -centre))
         self.centres[0] = centre
+        self._update_gain()
 
+    @torch.no_grad()
     def _read_state(self) -> None:
         """Keep on the host what decides which kernels run: asking the device for it would stall each step."""
+        self._update_gain()
         self._live_planes = tuple(self.live.nonzero().flatten().tolist())
         self._fixed = bool(self.mask_fixed)
 

@@ -44,7 +44,7 @@ RIVALS = {
     "hawq": "HAWQ-like allocation with LSQ",
     "random": "random allocation with LSQ",
 }
-PRELOADED = ["csq.experiments", "timm.models.mlp_mixer", "shared_core.datasets", "shared_core.metrics"]
+PRELOADED = ["csq.experiments", "timm.models.mlp_mixer", "shared_core.datasets", "torch._dynamo"]
 """Modules that take seconds to import: the server that workers are forked from does it once."""
 _AXES: tuple[Axis, ...] = ("paper_bits", "stored_bits")
 SIZE_TOLERANCE = 0.02
