@@ -331,6 +331,31 @@ def test_a_file_that_is_no_report_is_named(tmp_path, content, message):
         GeometryReport.from_json(tmp_path / "no.json")
 
 
+def many_states(count, first):
+    """Sentences of 8 tokens, of which the first one's state is given; the others are random."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count // 20):
+        h = torch.randn(1, 20, 8, 6, generator=generator)
+        h[:, :, 0] = first
+        yield h, torch.ones(20, 8, dtype=torch.bool), torch.arange(8).repeat(20, 1)
+
+
+def test_tokens_drawn_from_a_corpus_larger_than_the_sample_stand_anywhere_in_their_sentence():
+    found = analyze_states(many_states(2000, torch.ones(6)), sample=100)
+    difference = found.last("anisotropy_sampled") - found.last("anisotropy")
+    error = float(found.errors["anisotropy_sampled"][-1])
+    assert 0 < error < 0.02
+    assert abs(difference) < 4 * error  # all first tokens would have 1
+
+
+def test_states_that_are_all_alike_have_anisotropy_1_and_no_residual():
+    one = (torch.ones(2, 20, 8, 6), torch.ones(20, 8, dtype=torch.bool), torch.arange(8).repeat(20, 1))
+    found = analyze_states([one])
+    for name in ("anisotropy", "anisotropy_sampled", "intra_sentence", "self_similarity"):
+        np.testing.assert_allclose(found.measures[name], 1, atol=1e-6)
+    assert np.isnan(found.measures["residual_anisotropy"]).all()
+
+
 # Bad input.
 
 

@@ -28,6 +28,8 @@ CHUNK = 4096
 KEPT_TOKENS = 2_000_000
 """A corpus with fewer tokens is tokenized once."""
 
+_DRAW = 1_000_003
+
 
 class SentenceFile:
     """A text file with one sentence a line, read anew each time; blank lines are left out.
@@ -121,7 +123,8 @@ class TokenBatch:
 
     def drawn(self, seed: int) -> Int[np.ndarray, " sentences"]:
         """One counted unit of each sentence, uniformly, as an index among the counted ones."""
-        shares = uniforms(self.numbers, seed)
+        # Another seed than that of the samples: they keep the smallest hashes, whose shares are all near 0.
+        shares = uniforms(self.numbers, seed + _DRAW)
         return self._starts + np.minimum((shares * self._counts).astype(np.int64), self._counts - 1)
 
 

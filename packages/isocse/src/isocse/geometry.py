@@ -302,7 +302,7 @@ def _results(layer: LayerGeometry, analysed: np.ndarray, classes: np.ndarray, fi
     e["norm"] = float(norms.error)
     m["mean_distance"], m["mean_share"] = layer.tokens.common_component()
     m["cosine_to_mean"] = layer.tokens.cosine_to_mean()
-    if layer.drawn.count > 2:
+    if layer.drawn.count > 2 and _has_shape(layer.drawn, sample):
         m["isoscore_tokens"] = layer.drawn.isoscore
         e["isoscore_tokens"] = isotropy.isoscore_error(sample, layer.drawn.count)
     _sentence_measures(layer, m, e)
@@ -353,7 +353,7 @@ def _sentence_measures(layer: LayerGeometry, m: dict[str, float], e: dict[str, f
     m["sentence_cosine"] = layer.pooled.mean_cosine()
     share = len(sample) / layer.pooled_covariance.count
     e["sentence_cosine"] = _error(sample, layer.settings.seed) * share**0.5
-    if float(layer.pooled_covariance.matrix.trace()) <= 1e-12 * float(sample.square().sum(1).mean()):
+    if not _has_shape(layer.pooled_covariance, sample):
         return  # all sentences have one vector, as those of [CLS] at the embedding layer
     m["isoscore_sentences"] = layer.pooled_covariance.isoscore
     e["isoscore_sentences"] = isotropy.isoscore_error(sample, layer.pooled_covariance.count)
@@ -369,8 +369,10 @@ def _sample_measures(
 ) -> None:
     m, e = found.measures, found.errors
     offset = layer.tokens.mean().cpu()
-    m["residual_anisotropy"] = cosines.mean_cosine(sample - offset)
-    e["residual_anisotropy"] = _error(sample - offset, layer.settings.seed)
+    centred = sample - offset
+    m["residual_anisotropy"] = _mean_cosine(centred)
+    if np.isfinite(m["residual_anisotropy"]):
+        e["residual_anisotropy"] = _error(centred, layer.settings.seed)
     m["partition_tokens"], e["partition_tokens"] = isotropy.partition_with_error(
         sample, torch.Generator().manual_seed(0)
     )
@@ -381,10 +383,10 @@ def _sample_measures(
         top = contributions.top(count).cpu()
         left = dimensions.remove_dimensions(sample, top)
         found.removal[f"top {count} removed"] = {
-            "anisotropy": cosines.mean_cosine(left),
+            "anisotropy": _mean_cosine(left),
             "informativity": _informativity(some, top),
         }
-    found.removal["z-scores"] = {"anisotropy": cosines.mean_cosine(dimensions.standardize(sample))}
+    found.removal["z-scores"] = {"anisotropy": _mean_cosine(dimensions.standardize(sample))}
 
 
 @functools.lru_cache(maxsize=2)  # the layers of a model ask for the same ones
@@ -394,6 +396,18 @@ def _resamples(n: int, seed: int) -> Tensor:
 
 def _error(sample: Tensor, seed: int) -> float:
     return cosines.resampled_error(sample, _resamples(len(sample), seed))
+
+
+def _has_shape(covariance: Covariance, sample: Tensor) -> bool:
+    """Whether vectors differ by more than rounding."""
+    return float(covariance.matrix.trace()) > 1e-12 * float(sample.square().sum(1).mean())
+
+
+def _mean_cosine(sample: Tensor) -> float:
+    try:
+        return cosines.mean_cosine(sample)
+    except InputError:  # nothing is left of states that are all alike
+        return float("nan")
 
 
 def _informativity(sample: Tensor, top: Tensor) -> float:
