@@ -23,6 +23,11 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     tiny_encoders.save_bert(folder / "before", 0)
     tiny_encoders.save_bert(folder / "after", 1)
+    broken, tokenizer = tiny_encoders.bert()
+    broken.encoder.layer[0].output.dense.weight.data[0, 0] = float("nan")
+    for part in (broken, tokenizer):
+        part.save_pretrained(folder / "broken")
+    (folder / "empty.txt").write_text("\n")
     (folder / "corpus.txt").write_text("\n".join(SENTENCES) + "\n")
     rows = "".join(f'"{a}","{b}"\n' for a, b in zip(SENTENCES[:20], SENTENCES[20:40], strict=True))
     (folder / "pairs.csv").write_text("anchor,positive\n" + rows)
@@ -144,6 +149,13 @@ def test_train_sweep_checkpoints_and_report(place, tmp_path, capsys):
         (["train", "--base", "{}/before", "--pairs", "{}/pairs.csv", "--data", "{}/corpus.txt",
           "--batch-size", "1", "--out", "OUT"], "batch_size: expected 2 or more"),
         (["report", "{}"], "holds no finished run"),
+        (["measure", "{}/before", "--data", "{}/corpus.txt", "--out", "{}/corpus.txt/x"],
+         "corpus.txt is not a folder that one may write to"),
+        (["measure", "{}/before", "--data", "{}/empty.txt", "--out", "OUT"],
+         "expected at least one sentence, the corpus is empty"),
+        (["measure", "{}/before", "--data", "{}/nowhere.txt", "--out", "OUT"], "does not exist"),
+        (["measure", "{}/broken", "--data", "{}/corpus.txt", "--out", "OUT"],
+         "NaN or infinity at layer 1, sentence"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(place, tmp_path, capsys, arguments, message):

@@ -25,7 +25,7 @@ _BASELINES: dict[str, str] = {
     "sampled": "anisotropy_sampled",
     "tokens": "anisotropy_tokens",
 }
-MAP_SENTENCES = 6
+MAP_SENTENCES = 5
 """Sentences whose tokens are all on the map."""
 FREQUENCY_BINS = (5, 10, 20, 50, 100, 1000)
 """Least occurrences of each bin of types."""
@@ -542,25 +542,30 @@ def _frequency_table(report: GeometryReport) -> dict[str, dict[str, np.ndarray]]
 def _token_map(
     report: GeometryReport, geometry: Geometry, drawn: tuple[list[str], Tensor, Tensor] | None
 ) -> TokenMap | None:
-    """Principal components of the last layer's drawn tokens, and all tokens of some sentences on them."""
+    """The last layer's drawn tokens, and all tokens of some sentences, on principal components of each."""
     layer = geometry.measured[-1]
     if drawn is None or layer.sample.rows is None or layer.sample_kinds.rows is None:
         return None
-    sample = layer.sample.rows.double().cpu()
-    mean = sample.mean(0)
-    variances, directions = torch.linalg.eigh((sample - mean).T @ (sample - mean))
-    axes = directions[:, -2:].flip(1)
-    axes = axes * torch.sign(axes.gather(0, axes.abs().argmax(0, keepdim=True)))  # the sign is arbitrary
+    points, explained = _principal(layer.sample.rows.double().cpu())
     kinds = layer.sample_kinds.rows.cpu()
     texts, states, kept = drawn
-    shown = (states.double()[kept] - mean) @ axes
-    numbers = kept.nonzero()[:, 0].tolist()
+    shown, shown_explained = _principal(states.double()[kept])
     return TokenMap(
-        points=((sample - mean) @ axes).numpy(),
+        points=points,
         texts=[report.types.texts[row] if row >= 0 else "" for row in kinds[:, 0].tolist()],
         classes=[CLASSES[number] for number in kinds[:, 1].tolist()],
-        sentence_points=shown.numpy(),
+        sentence_points=shown,
         sentence_texts=texts,
-        sentences=numbers,
-        explained=(variances[-2:].flip(0) / variances.sum()).tolist(),
+        sentences=kept.nonzero()[:, 0].tolist(),
+        explained=explained,
+        sentence_explained=shown_explained,
     )
+
+
+def _principal(x: Tensor) -> tuple[np.ndarray, list[float]]:
+    """Rows on their first two principal components, and the share of the variance of each component."""
+    centred = x - x.mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred)
+    axes = directions[:, -2:].flip(1)
+    axes = axes * torch.sign(axes.gather(0, axes.abs().argmax(0, keepdim=True)))  # the sign is arbitrary
+    return (centred @ axes).numpy(), (variances[-2:].flip(0) / variances.sum()).tolist()

@@ -37,6 +37,16 @@ def main() -> None:
     command.run(app)
 
 
+def _usable(folder: Path) -> Path:
+    """The folder, if it can be made: this is told before long work."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise typer.BadParameter(
+            f"{folder} cannot be written: {nearest} is not a folder that one may write to"
+        )
+    return folder
+
+
 def _one_of(*allowed: str) -> Any:
     def check(value: Any) -> Any:
         for item in value if isinstance(value, list) else [value]:
@@ -56,7 +66,9 @@ def _above_zero(value: Any) -> Any:
 
 Model = Annotated[str, typer.Argument(help="Model folder, or a name that transformers knows.")]
 Data = Annotated[Path, typer.Option(help="Text file, one sentence a line.", exists=True, dir_okay=False)]
-Out = Annotated[Path, typer.Option(help="Folder for the results.", file_okay=False)]
+Out = Annotated[
+    Path, typer.Option(help="Folder for the results.", file_okay=False, callback=lambda value: _usable(value))
+]
 PoolingOption = Annotated[
     str | None,
     typer.Option(

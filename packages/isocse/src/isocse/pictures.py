@@ -114,7 +114,7 @@ def token_maps(reports: Mapping[str, GeometryReport]) -> Figure | None:
         left.set_title(f"{_short(model)}: one token of each of {len(classes)} sentences", fontsize=10)
         left.set_xlabel(f"first principal component ({share[0]})")
         left.set_ylabel(f"second ({share[1]})")
-        right.set_title(f"{_short(model)}: all tokens of some sentences, a colour each", fontsize=10)
+        right.set_title(f"{_short(model)}: tokens of some sentences, a colour each; x: mean", fontsize=10)
         numbers = np.array(drawn.sentences)
         for number in np.unique(numbers):
             inside = numbers == number
@@ -123,8 +123,12 @@ def token_maps(reports: Mapping[str, GeometryReport]) -> Figure | None:
             right.scatter(x, y, s=12, color=colour)
             for text, a, b in zip(np.array(drawn.sentence_texts)[inside], x, y, strict=True):
                 right.annotate(_plain_text(text), (a, b), fontsize=7, color=colour, xytext=(2, 2),
-                               textcoords="offset points")  # fmt: skip
-        right.set_xlabel("first principal component")
+                               textcoords="offset points", annotation_clip=False)  # fmt: skip
+            right.scatter(x.mean(), y.mean(), s=110, color=colour, marker="x", lw=2)
+        right.margins(x=0.12)
+        share = [f" ({100 * value:.0f} %)" for value in drawn.sentence_explained] or ["", ""]
+        right.set_xlabel(f"their first principal component{share[0]}")
+        right.set_ylabel(f"second{share[1]}")
     return made
 
 

@@ -107,16 +107,17 @@ class TypeTable:
 
 @dataclass
 class TokenMap:
-    """The last layer on its first two principal components: drawn tokens, and all tokens of some sentences.
+    """The last layer on principal components: drawn tokens, and all tokens of some sentences on theirs.
 
     Attributes:
         points: Drawn tokens, (n, 2).
         texts: What they are.
         classes: Of each.
-        sentence_points: All tokens of some sentences, (m, 2), on the same components.
+        sentence_points: All tokens of some sentences, (m, 2).
         sentence_texts: What they are.
         sentences: The sentence of each.
         explained: Share of the variance of drawn tokens on each component.
+        sentence_explained: The same of the sentences' tokens.
     """
 
     points: np.ndarray
@@ -126,6 +127,7 @@ class TokenMap:
     sentence_texts: list[str]
     sentences: list[int]
     explained: list[float]
+    sentence_explained: list[float] = field(default_factory=list)
 
 
 @dataclass
