@@ -299,8 +299,8 @@ def test_real_and_simulated_records_share_a_page_only_when_asked(capsys, tmp_pat
 
 
 def test_cells_that_tell_nothing_end_with_exit_code_5(capsys, tmp_path):
-    sweep = ("sweep", "--out", tmp_path, "--geometry", "1c", "--workload", "sleep:60ms", "--repeats", 1)
-    code, out, err = call(capsys, *sweep, "--duration", 0.05)  # shorter than a step
+    sweep = ("sweep", "--out", tmp_path, "--geometry", "1c", "--workload", "sleep:30ms", "--repeats", 1)
+    code, out, err = call(capsys, *sweep, "--duration", 0.02)  # shorter than a step
     assert code == 5
     assert "insufficient" in out
     assert "tell nothing" in err
@@ -351,7 +351,7 @@ def test_devices_say_what_is_here_and_what_is_simulated(capsys):
 def test_ctrl_c_in_a_sweep_keeps_finished_cells_and_ends_with_130(tmp_path):
     environment = {**os.environ, "MIGPERF_STATE": str(tmp_path / "state")}
     sweep = ["sweep", "--out", str(tmp_path / "out"), "--geometry", "1c", "--workload", "sleep:2ms"]
-    often = ["--duration", "0.2", "--repeats", "500"]
+    often = ["--duration", "0.05", "--repeats", "500"]
     # A shell that runs the tests in the background has them ignore Ctrl-C.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -47,6 +47,15 @@ def module(tmp_path, monkeypatch):
     return write
 
 
+def run_enough(workload, instances, backend, **options):
+    """Run for a moment; for longer where a busy machine leaves that window too few requests."""
+    for duration in (0.15, 0.6, 2.4, 10.0):
+        result = run(workload, instances, backend, duration=duration, repeats=1, **options)
+        if all(record.status != "insufficient" for record in result.records):
+            break
+    return result
+
+
 def test_workers_are_processes_of_their_own_pinned_in_every_thread(cpu, module):
     module("""
         import os, threading, time
@@ -59,7 +68,7 @@ def test_workers_are_processes_of_their_own_pinned_in_every_thread(cpu, module):
                 def synchronize(self): pass
             return Task()
     """)
-    result = run(custom("made_here:make"), cpu.instances(), cpu, duration=0.3, repeats=1)
+    result = run_enough(custom("made_here:make"), cpu.instances(), cpu)
     facts = [record.extra["facts"] for record in result.records]
     assert [record.status for record in result.records] == ["ok"] * len(facts)
     assert len({fact["pid"] for fact in facts} | {os.getpid()}) == len(facts) + 1
@@ -105,7 +114,7 @@ def test_latency_covers_the_device_not_just_the_asking(cpu, module):
             def synchronize(self): time.sleep(max(0.0, self.busy - time.perf_counter()))
         def make(workload, device): return Task()
     """)
-    (record,) = run(custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.4, repeats=1).records
+    (record,) = run_enough(custom("made_here:make"), cpu.instances()[:1], cpu).records
     assert record.latency_ms["p50"] >= 20
     assert record.items_per_second <= 50
 
@@ -134,7 +143,7 @@ def test_slow_first_iterations_and_loading_stay_out_of_the_window(cpu, module):
 
 
 def test_all_workers_measure_the_same_window_and_raw_latencies_give_the_percentiles(cpu, tmp_path):
-    result = run(sleep("5ms"), cpu.instances(), cpu, Poisson(60, seed=3), duration=0.6, repeats=2)
+    result = run(sleep("5ms"), cpu.instances(), cpu, Poisson(90, seed=3), duration=0.4, repeats=2)
     assert [(r.repeat, r.worker) for r in result.records] == [
         (repeat, worker) for repeat in range(2) for worker in range(len(cpu.cores))
     ]
@@ -174,14 +183,14 @@ def test_a_rate_above_capacity_is_saturated_with_no_percentile(cpu):
         ),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "failed", "killed by signal 11"),
         ("raise ValueError('bad shape')", "failed", "ValueError: bad shape"),
-        ("import time; time.sleep(60)", "failed", "gave no answer in start or warm-up for 2 s"),
+        ("import time; time.sleep(60)", "failed", "gave no answer in start or warm-up for 0.5 s"),
     ],
 )
 def test_a_worker_that_never_gets_ready_neither_hangs_the_parent_nor_counts_as_0(
     cpu, module, body, status, message
 ):
     module(f"def make(workload, device):\n    {body}\n")
-    timeout = 2 if "sleep" in body else 60  # a loaded machine takes its time to import
+    timeout = 0.5 if "sleep" in body else 60  # a loaded machine takes its time to import
     begin = time.monotonic()
     (record,) = run(
         custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.2, repeats=1, timeout=timeout
@@ -204,7 +213,7 @@ def test_out_of_memory_in_one_instance_leaves_the_others_measured(cpu, module):
     if len(cpu.cores) < 2:
         pytest.skip("needs two cores")
     module("def make(workload, device):\n    raise MemoryError('too large')\n")
-    result = run([custom("made_here:make"), sleep("5ms")], cpu.instances()[:2], cpu, duration=0.2, repeats=1)
+    result = run_enough([custom("made_here:make"), sleep("5ms")], cpu.instances()[:2], cpu)
     assert [record.status for record in result.records] == ["oom", "ok"]
     assert result.records[1].extra["neighbours_missing"] == 1
     summary = result.summary()
@@ -322,22 +331,14 @@ def test_an_unpinned_worker_may_use_all_cpus_and_belongs_to_no_instance(cpu, mod
             def synchronize(self): pass
         def make(workload, device): return Task()
     """)
-    (record,) = run(
-        custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.2, repeats=1, mode="unpinned"
-    ).records
+    (record,) = run_enough(custom("made_here:make"), cpu.instances()[:1], cpu, mode="unpinned").records
     assert record.extra["facts"] == {"cpus": sorted(os.sched_getaffinity(0)), "omp": None}
     assert (record.mode, record.instance, record.profile) == ("unpinned", "", "")
 
 
 def test_the_mode_that_was_seen_is_the_one_recorded(cpu):
-    (record,) = run(
-        sleep("5ms"),
-        cpu.instances()[:1],
-        cpu,
-        duration=0.2,
-        repeats=1,
-        mode="mps",
-        observed_mode=lambda: "timeslice",
+    (record,) = run_enough(
+        sleep("5ms"), cpu.instances()[:1], cpu, mode="mps", observed_mode=lambda: "timeslice"
     ).records
     assert record.mode == "timeslice"
 
@@ -349,7 +350,7 @@ def test_torch_runs_with_the_threads_of_its_partition(cpu, module):
             layer = torch.nn.Linear(64, 64)
             return lambda: [layer(torch.ones(256, 64)) for _ in range(20)]
     """)
-    (record,) = run(custom("made_here:make"), cpu.instances()[:1], cpu, duration=0.2, repeats=1).records
+    (record,) = run_enough(custom("made_here:make"), cpu.instances()[:1], cpu).records
     assert record.status == "ok", record.message
     assert record.peak_memory_mib > 50
     assert record.host["torch"]

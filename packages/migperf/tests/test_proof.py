@@ -77,7 +77,7 @@ def stage(tmp_path):
 
 
 def claims(stage):
-    return [(claim.holds, claim.reason) for claim in stage.run._claims]
+    return [(claim.holds, claim.reason) for claim in stage.run.claims]
 
 
 def test_two_of_three_clean_repeats_are_needed_in_every_arm(stage):
@@ -105,11 +105,13 @@ def test_the_honest_rival_may_tie_but_not_win_by_more_than_a_tenth(stage, rate, 
     assert claims(stage)[0][0] is holds
 
 
-def test_a_gain_that_does_not_shrink_is_reported_as_such(stage):
+def test_a_gain_that_does_not_shrink_or_is_not_known_is_reported_as_such(stage):
     small = study(migperf=[(120.0, 1.0)] * 3, **{WHOLE: [(100.0, 1.0)] * 3})
     large = study(migperf=[(150.0, 1.0)] * 3, **{WHOLE: [(100.0, 1.0)] * 3})
     proof_partitions._note_gain(stage, {1: small, 8: large})
     assert "does not shrink" in stage.run._notes[0]
+    proof_partitions._note_gain(stage, {1: small, 8: study(migperf=[], **{WHOLE: []})})
+    assert "is not known" in stage.run._notes[1]
 
 
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")

@@ -73,12 +73,17 @@ def core_share(ran: float | None, waited: float | None) -> float | None:
     return ran / (ran + waited)
 
 
-def baseline(seconds: float = BASELINE_SECONDS, cpus: Sequence[int] | None = None) -> float:
-    """Measure how many cores' worth of work others do now, on the allowed CPUs or on those given."""
+def baseline(seconds: float | None = None, cpus: Sequence[int] | None = None) -> float:
+    """Measure how many cores' worth of work others do now, on the allowed CPUs or on those given.
+
+    Args:
+        seconds: How long; `BASELINE_SECONDS` unless given.
+        cpus: Which.
+    """
     watched = CpuSampler(sorted(os.sched_getaffinity(0)) if cpus is None else cpus)
     own = ProcessSampler("own", [os.getpid()])
     begin, busy, mine = time.perf_counter(), watched.sample(), own.sample()
-    time.sleep(seconds)
+    time.sleep(BASELINE_SECONDS if seconds is None else seconds)
     end, busy_then, mine_then = time.perf_counter(), watched.sample(), own.sample()
     used = busy_then["busy_seconds_total"] - busy["busy_seconds_total"]
     used -= mine_then["cpu_seconds_total"] - mine["cpu_seconds_total"]

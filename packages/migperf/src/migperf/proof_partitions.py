@@ -182,7 +182,7 @@ def _measure(
     patience: float, worker: int | None = None,
 ) -> Study:  # fmt: skip
     measured = interleave(
-        backend, wanted, duration=0.5 if stage.quick else duration, repeats=stage.seeds, run_id=run_id,
+        backend, wanted, duration=0.3 if stage.quick else duration, repeats=stage.seeds, run_id=run_id,
         deadline=stage.deadline, patience=0.0 if stage.quick else patience,
         progress=lambda what: stage.tell(f"{name}: {what}"),
     )  # fmt: skip
@@ -349,7 +349,11 @@ def _note_gain(stage: Stage, studies: dict[int, Study]) -> None:
             if ours and whole:
                 gains[batch] = ours / whole
     stage.run.detail("gain by batch", gains)
-    if len(gains) == 2:
+    if len(gains) < 2:
+        stage.run.note(
+            "Whether the partitions' gain shrinks with the batch is not known: no clean windows of both."
+        )
+    else:
         shrinks = "shrinks" if gains[8] < gains[1] else "does not shrink"
         stage.run.note(
             f"The partitions' gain over the whole {shrinks} with the batch: x{gains[1]:.2f} at 1, "
