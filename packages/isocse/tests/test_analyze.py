@@ -171,6 +171,15 @@ def test_half_precision_is_close(states):
     np.testing.assert_allclose(half.measures["anisotropy"], exact.measures["anisotropy"], atol=5e-3)
 
 
+@pytest.mark.parametrize(("kind", "close"), [(torch.bfloat16, 3e-2), (torch.float16, 3e-3)])
+def test_a_model_in_half_precision_is_measured(bert, report, kind, close):
+    model, tokenizer = tiny_encoders.bert()
+    found = analyze(model.to(kind), SENTENCES, tokenizer=tokenizer)
+    for name in ("anisotropy", "intra_sentence", "self_similarity", "sentence_cosine", "isoscore_sentences"):
+        np.testing.assert_allclose(found.measures[name], report.measures[name], atol=close, err_msg=name)
+    np.testing.assert_allclose(found.measures["norm"], report.measures["norm"], rtol=1e-2)
+
+
 def test_special_tokens_can_be_left_out_of_measures_and_are_reported_apart(bert, report, states):
     without = analyze(bert[0], SENTENCES, tokenizer=bert[1], include_special=False)
     inner = [oracles.intra(sentence[1:-1]) for sentence in states[0][2]]

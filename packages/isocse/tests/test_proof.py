@@ -36,7 +36,7 @@ def verdicts(tmp_path, **changes):
                 value += changes.get(name, {}).get((arm, seed), 0.0)
                 run.add(arm, name, value)
     isocse_proof._judge(run, FULL)
-    return [claim.holds for claim in run._claims]
+    return [claim.holds for claim in run.claims]
 
 
 def test_each_finding_has_its_own_verdict(tmp_path):

@@ -77,6 +77,42 @@ def test_training_is_deterministic_and_leaves_the_callers_randomness_alone(base,
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
 
 
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_dropout_pairs_train_as_by_sentence_transformers_own_recipe(base, tmp_path, capsys, dropout):
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from sentence_transformers.base.sampler import BatchSamplers
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import AutoModel, AutoTokenizer
+
+    start = tmp_path / "start"
+    plain = AutoModel.from_pretrained(base, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    for part in (plain, AutoTokenizer.from_pretrained(base)):
+        part.save_pretrained(start)
+    ours = train(start, pairs.unsupervised(SENTENCES), SENTENCES, TINY)
+    assert "widget" not in capsys.readouterr().err
+
+    # As in its documentation of unsupervised SimCSE: each sentence is its own positive.
+    model = SentenceTransformer(str(start), device="cpu")
+    model.max_seq_length = TINY.max_length
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=Arguments(
+            output_dir=str(tmp_path), max_steps=TINY.steps, per_device_train_batch_size=TINY.batch_size,
+            learning_rate=TINY.learning_rate, warmup_steps=0.1, seed=0, data_seed=0, use_cpu=True,
+            batch_sampler=BatchSamplers.NO_DUPLICATES, logging_steps=1, report_to="none", disable_tqdm=True,
+            save_strategy="no", dataloader_drop_last=True, dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_dict({"anchor": SENTENCES, "positive": SENTENCES}),
+        loss=MultipleNegativesRankingLoss(model, scale=20.0),
+    )  # fmt: skip
+    trainer.train()
+    theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert ours.losses == pytest.approx(theirs, abs=1e-6)
+    np.testing.assert_allclose(ours.model.encode(SENTENCES[:5]), model.encode(SENTENCES[:5]), atol=1e-5)
+
+
 def test_measuring_does_not_change_training(base, trained):
     seldom = train(base, pairs.unsupervised(SENTENCES), SENTENCES, TINY, measure_steps=[4])
     assert [row["step"] for row in seldom.history] == [4]

@@ -196,9 +196,9 @@ def _group_table(tests: Mapping[str, GroupTest]) -> str:
                 _with_interval(test.semantic, test.semantic_interval),
                 _with_interval(test.functional, test.functional_interval),
                 _with_interval(test.difference, test.difference_interval),
-                f"{test.p:.4f}",
-                f"{_number(test.matched_difference, sign=True)} (p {test.matched_p:.4f})",
-                f"{_number(test.slope, sign=True)} (p {test.slope_p:.4f})",
+                probability(test.p),
+                f"{_number(test.matched_difference, sign=True)} (p {probability(test.matched_p)})",
+                f"{_number(test.slope, sign=True)} (p {probability(test.slope_p)})",
             ]
         )
     heads = ["change", "semantic", "functional", "difference", "p", "at equal frequency", "by log frequency"]
@@ -209,6 +209,9 @@ def _final_table(runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) ->
     names = [
         *pictures.DYNAMICS, "sentence_cosine", "isoscore_sentences", "mean_distance", "similarity_spearman",
     ]  # fmt: skip
+    names = [
+        name for name in names if any(name in row for seeds in runs.values() for run in seeds for row in run)
+    ]
     rows = []
     for setting, seeds in runs.items():
         for which, pick in (("before", 0), ("after", -1)):
@@ -244,6 +247,15 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _number(value: float, *, sign: bool = False) -> str:
     return format(value, "+.3f" if sign else ".3f") if np.isfinite(value) else "–"
+
+
+def probability(p: float) -> str:
+    """A p value as text.
+
+    >>> probability(3e-9), probability(0.0213)
+    ('< 0.0001', '0.0213')
+    """
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:

@@ -40,6 +40,10 @@ _CLASS_COLOURS = {
 }
 
 
+STYLES = ("-", "--", ":", "-.")
+"""Of the lines of the first model, the second one, ..."""
+
+
 def label(name: str) -> str:
     """What a measure is called, also one of a class."""
     for kind in ("semantic", "functional"):
@@ -57,7 +61,10 @@ def layer_curves(reports: Mapping[str, GeometryReport]) -> Figure:
                 continue
             colour = COLOURS[number % len(COLOURS)]
             values = report.measures[name]
-            axis.plot(report.layers, values, marker="o", markersize=4, color=colour, label=_short(model))
+            style = STYLES[number % len(STYLES)]  # a model may equal another one in its lower layers
+            axis.plot(
+                report.layers, values, style, marker="o", markersize=4, color=colour, label=_short(model)
+            )
             error = report.errors.get(name)
             if error is not None:
                 axis.fill_between(
@@ -73,7 +80,6 @@ def layer_curves(reports: Mapping[str, GeometryReport]) -> Figure:
 def class_curves(reports: Mapping[str, GeometryReport]) -> Figure:
     """Self-similarity of semantic and of functional types by layer, not adjusted and adjusted."""
     made, axes = figure(1, 2, height=430, title="Semantic against functional types")
-    styles = ("-", "--", ":", "-.")
     for axis, name in zip(axes, ("self_similarity", "adjusted_self_similarity"), strict=True):
         for number, (model, report) in enumerate(reports.items()):
             for kind in ("semantic", "functional"):
@@ -82,7 +88,7 @@ def class_curves(reports: Mapping[str, GeometryReport]) -> Figure:
                     axis.plot(
                         report.layers,
                         row[name],
-                        styles[number % 4],
+                        STYLES[number % len(STYLES)],
                         marker="o",
                         markersize=4,
                         color=_CLASS_COLOURS[kind],
@@ -179,6 +185,9 @@ def dynamics_curves(
                     axis.plot(x, y, marker="o", markersize=3, lw=1.2, color=COLOURS[number % len(COLOURS)],
                               label=setting if seed == 0 else None)  # fmt: skip
         axis.set_xscale("symlog", linthresh=1)
+        steps = sorted({row["step"] for seeds in runs.values() for records in seeds for row in records})
+        axis.set_xticks(steps, [f"{step:g}" for step in steps], fontsize=8, minor=False)
+        axis.set_xticks([], minor=True)
         axis.set_title(label(name), fontsize=10)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=8)

@@ -221,7 +221,8 @@ def sentence_transformer(base: str | Path, recipe: Recipe) -> Any:
     mode: Any = _POOLING_MODES[recipe.pooling]
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)
     model = SentenceTransformer(modules=[transformer, pooling], device=usable_device(recipe.device))
-    model.model_card_data.generate_widget_examples = False  # texts of the training data, chosen at random
+    # Not into the model's card: texts of the training data, chosen at random.
+    model.model_card_data.set_widget_examples = lambda dataset: None
     return model
 
 
