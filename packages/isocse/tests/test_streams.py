@@ -96,6 +96,30 @@ def test_covariance_and_isoscore_far_from_the_origin(case):
     assert stream.isoscore == pytest.approx(isotropy.isoscore(x, warn=False), abs=1e-6)
 
 
+def test_covariance_of_many_wide_batches():
+    generator = np.random.default_rng(0)
+    x = torch.as_tensor(generator.normal(size=(1700, 100)) * np.linspace(0.1, 2, 100) + 5).float()
+    stream = streams.Covariance(100)
+    for part in x.split(170):
+        stream.update(part)
+        part.zero_()  # a batch belongs to the caller, who may use it again
+    x = torch.as_tensor(np.random.default_rng(0).normal(size=(1700, 100)) * np.linspace(0.1, 2, 100) + 5)
+    assert stream.count == 1700
+    np.testing.assert_allclose(stream.matrix, np.cov(x.T.numpy()), atol=2e-6)
+    assert stream.isoscore == pytest.approx(oracles.isoscore(x), abs=1e-6)
+
+
+def test_self_similarity_of_a_type_with_very_many_occurrences():
+    generator = np.random.default_rng(0)
+    units = torch.nn.functional.normalize(torch.as_tensor(generator.normal(size=(50_000, 5)) + 0.5), dim=1)
+    kinds = torch.as_tensor(generator.integers(0, 2, 50_000))
+    stream = streams.SelfSimilarity(2, 5)
+    stream.update(units.float(), kinds)
+    for kind in range(2):
+        expected = cosines.mean_cosine(units[kinds == kind])
+        assert float(stream.values()[kind]) == pytest.approx(expected, abs=1e-6)
+
+
 @given(split_vectors())
 def test_parts_that_were_seen_apart_merge(case):
     x, group, cuts = case
