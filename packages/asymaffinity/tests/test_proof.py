@@ -81,7 +81,7 @@ def judged(trivial: dict[str, float], ap: dict[str, float], tmp_path) -> list[bo
     ]  # fmt: skip
     with run:
         proof._judge(run, outcomes)
-    return [claim.holds for claim in run._claims]
+    return [claim.holds for claim in run.claims]
 
 
 def test_the_two_findings_are_judged_apart_by_their_numbers(tmp_path):

@@ -46,7 +46,7 @@ def verdicts(tmp_path, **levels):
     made = results(**levels)
     proof.add_numbers(run, made, TOLD)
     proof.judge(run, made)
-    return [claim.holds for claim in run._claims]
+    return [claim.holds for claim in run.claims]
 
 
 def test_each_verdict_follows_its_rule(tmp_path):
@@ -61,6 +61,13 @@ def test_each_verdict_follows_its_rule(tmp_path):
         True,
     ]  # LEAD as well
     assert verdicts(tmp_path) == [False, True, False]
+
+
+def test_the_meaning_follows_the_verdicts(tmp_path):
+    for good, words in ((0.36, "more than any other way"), (0.305, "cannot be told from nothing")):
+        run = a_run(tmp_path)
+        proof.judge(run, results(**{"lead-kd": [good, good]}))
+        assert words in proof.meaning(run)
 
 
 def test_pictures_are_drawn(tmp_path):

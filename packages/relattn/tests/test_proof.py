@@ -31,7 +31,7 @@ def verdicts(tmp_path, **levels):
     )
     relattn_proof._record(run, results)
     relattn_proof._judge(run, results)
-    return [claim.holds for claim in run._claims]
+    return [claim.holds for claim in run.claims]
 
 
 def test_each_verdict_follows_its_rule(tmp_path):

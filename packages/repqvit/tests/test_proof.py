@@ -19,7 +19,7 @@ def verdict(tmp_path, ours, baseline, error=1e-6, fp32=0.95):
         for value in values:
             run.add(method, "components accuracy", value)
     repqvit.proof._judge(run, fp32, 100, error)
-    (claim,) = run._claims
+    (claim,) = run.claims
     return claim.holds
 
 

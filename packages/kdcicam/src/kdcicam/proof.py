@@ -174,6 +174,7 @@ def _record(run: ProofRun, found: Sequence[Measured]) -> None:
     _claim_intervention(run, numbers)
     _claim_student(run, numbers)
     _claim_own_skills(run, numbers)
+    run.meaning(_meaning(run))
     whole, centre = (
         fmean(fixed[f"{name} {part}"] for fixed in boxes.values() for part in SLICES)
         for name in ("whole_crop", "center_box")
@@ -182,6 +183,20 @@ def _record(run: ProofRun, found: Sequence[Measured]) -> None:
     run.note(
         "A small network on composed images of ten classes: this shows the mechanism. The paper's figures "
         "are of VGG16 and InceptionV3 on CUB-200-2011 and ILSVRC."
+    )
+
+
+def _meaning(run: ProofRun) -> str:
+    _, intervention, best, _ = (claim.holds for claim in run.claims)
+    return (
+        (
+            "One network that learned from two teachers names and boxes more objects than simpler ways did. "
+            if best
+            else "At this size the student of two teachers is not the best: a simpler way did as well. "
+        )
+        + "Causal intervention by itself "
+        + ("gives better boxes" if intervention else "does not give better boxes")
+        + " where objects and their surroundings go together."
     )
 
 

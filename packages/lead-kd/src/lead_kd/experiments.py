@@ -59,15 +59,15 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "lead-kd": Arm("lead", 8e-4),
-    "lead, equal weights": Arm("lead", 8e-4, reweight=False),
-    "lead, last layers": Arm("lead", 8e-4, strategy="last"),
+    "lead-kd": Arm("lead", 4e-4),
+    "lead, equal weights": Arm("lead", 4e-4, reweight=False),
+    "lead, last layers": Arm("lead", 4e-4, strategy="last"),
     "none": Arm("none", 4e-4),
     "response": Arm("response", 4e-4),
     "response x2": Arm("response", 4e-4, weight=2.0),
     "listwise": Arm("listwise", 4e-4),
-    "margin-mse": Arm("margin-mse", 4e-4),
-    "regression": Arm("regression", 4e-4),
+    "margin-mse": Arm("margin-mse", 2e-4),
+    "regression": Arm("regression", 8e-4),
     "embedding": Arm("embedding", 4e-4),
     "minilm": Arm("minilm", 4e-4),
 }
@@ -81,7 +81,7 @@ class Sizes:
     dev: int = 300
     test: int = 400
     distractors: int = 200
-    steps: int = 30
+    steps: int = 24
     batch: int = 12
     query_length: int = 14
     passage_length: int = 24

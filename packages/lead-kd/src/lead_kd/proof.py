@@ -59,6 +59,7 @@ def run_proof(out: Path, seeds: Sequence[int], quick: bool) -> int:
         results = train_all(shared, sizes, run.seeds, lambda done: progress.update(bar, completed=done))
         add_numbers(run, results, told)
         judge(run, results)
+        run.meaning(meaning(run))
         draw(run, results, told)
     return run.finish()
 
@@ -148,6 +149,20 @@ def judge(run: ProofRun, results: dict[str, list[Result]]) -> None:
             f"queries, p = {test.p_value:.3f} (paired randomization test on means over seeds)."
         )
     run.detail("LEAD against each method, over queries", tests)
+
+
+def meaning(run: ProofRun) -> str:
+    """What the verdicts come to for somebody who has a teacher and wants a small retriever."""
+    layers, teacher, best = (claim.holds for claim in run.claims)
+    learned = f"A small retriever {'gains' if teacher else 'does not gain'} from a large one here. "
+    if layers and best:
+        return learned + "Learning at every layer gains more than any other way, at the same cost."
+    if layers:
+        return (
+            learned
+            + "Learning at every layer gains more than from final scores, but another way does as well."
+        )
+    return learned + "What its layers add to its final scores cannot be told from nothing: either will do."
 
 
 def _over_seeds(results: Sequence[Result]) -> dict[str, float]:

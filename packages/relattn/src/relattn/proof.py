@@ -67,6 +67,7 @@ def prove(out: Path, seeds: int = 3, quick: bool = False) -> int:
         results = run_seeds(run.seeds, plan, on_event)
     _record(run, results)
     _judge(run, results)
+    run.meaning(_meaning(run))
     levels = {arm: {metric: level(results, arm, metric) for metric in METRICS} for arm in ARMS}
     proof_pictures.draw(run, results, levels)
     return run.finish()
@@ -128,6 +129,20 @@ def level(results: Sequence[SeedResult], arm: str, metric: str) -> Interval:
 
 def _value(score: Score, metric: str) -> float:
     return float(getattr(score, metric))
+
+
+def _meaning(run: proof.ProofRun) -> str:
+    steers, prefix, pplm, online, fewshot = (claim.holds for claim in run.claims)
+    beaten = [name for name, holds in (("a prefix", prefix), ("PPLM", pplm)) if holds]
+    chosen = [name for name, holds in (("online", online), ("from ten examples", fewshot)) if holds]
+    return (
+        "A finished summarizer can be steered by control words without training it again"
+        + (", better than by " + " or ".join(beaten) if beaten else ", though no better than by the rivals")
+        + ". Its strength has to be chosen on validation documents"
+        + (f", or {' or '.join(chosen)}." if chosen else ": neither way without them gains clearly here.")
+        if steers
+        else "Control words did not steer a summarizer that was trained without them far enough here."
+    )
 
 
 def _judge(run: proof.ProofRun, results: Sequence[SeedResult]) -> None:

@@ -83,6 +83,12 @@ def run_proof(out: Path, seeds: Sequence[int], quick: bool) -> int:
         prove_accounting(run)
         prove_sums(run, seeds, quick, progress)
         prove_training(run, seeds, quick, progress)
+        run.meaning(
+            "Where participants can send only a few bits a number, the Skellam mixture's sums and models "
+            "are better than those of other integer noises. With more bits, plain Skellam noise is as good."
+            if all(claim.holds for claim in run.claims)
+            else "The Skellam mixture is not better at few bits in all respects here: see which claim fails."
+        )
         run.note(f"smm-dp-numeric is accounted for numerically: {LABEL}.")
         run.note("Noise is drawn from seeded sources: this is a simulation, no run of it protects anybody.")
         run.note(

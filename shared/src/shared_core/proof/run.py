@@ -135,6 +135,11 @@ class ProofRun:
         """
         self._claims.append(Claim(text, rule, bool(holds), reason))
 
+    @property
+    def claims(self) -> list[Claim]:
+        """The claims so far, in order."""
+        return list(self._claims)
+
     def meaning(self, text: str) -> None:
         """Say what the verdicts come to for somebody who would use the method, in a sentence or two.
 
