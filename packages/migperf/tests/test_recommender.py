@@ -342,6 +342,15 @@ def test_predicted_cells_are_used_and_marked():
     assert "[predicted]" in found.text()
 
 
+def test_profiles_of_which_nothing_is_known_are_named():
+    jobs = [TrainingJob("tune", "vit_base_patch16", 8)]
+    whole = recommend("a100-40gb", jobs, official_a100(), predict=False)
+    (note,) = [note for note in whole.notes if "not considered" in note]
+    assert note == "tune was neither measured nor predicted in 1g.10gb, 4g.20gb: not considered there"
+    service = [InferenceJob("search", "bert-base-multilingual", 200, 500)]  # saturates the GPU: predicted
+    assert not [note for note in recommend("a100-40gb", service, official_a100()).notes if "4g.20gb" in note]
+
+
 def test_the_runner_up_is_another_set_of_instances_and_the_margin_is_true():
     cells = [train(name, rate) for name, rate in zip(BASE["A100-40GB"], (10, 20, 35, 40, 70), strict=True)]
     found = recommend(A100, [TrainingJob("a", "t", 8)], table_of(A100, cells), predict=False)

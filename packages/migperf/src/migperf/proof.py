@@ -272,7 +272,7 @@ def _keep(stage: Stage, out: Path) -> None:
 def _draw_mixes(run: ProofRun) -> None:
     from shared_core.plot import COLOURS, figure, save
 
-    title = "Jobs of the official A100 figures: the recommended partition beside other rules' and static ones"
+    title = "Official A100 figures: recommended, other rules', and static partitions"
     picture, axes = figure(1, 2, height=420, title=title)
     methods = [name for name in ("migperf", *rivals.RULES, *STATIC) if name in run.methods]
     for axis, metric, label in (

@@ -138,7 +138,7 @@ class Recommendation:
     def text(self) -> str:
         """Return it as lines for a person."""
         mark = " (SIMULATED)" if self.simulated else ""
-        lines = [f"{self.device}{mark}: {self.geometry}"]
+        lines = [f"{self.device.removesuffix(' (simulated)')}{mark}: {self.geometry}"]
         lines += [f"  {_line(one)}" for one in self.placed]
         lines += [f"  {name}: stays, no job" for name in self.idle]
         lines += [f"  NOT MET {one.job}: {one.reason}" for one in self.unmet]

@@ -236,7 +236,7 @@ def _recommendation(
     geometry = Geometry(layout, (*site.geometry.slots, *site.idle))
     changes = [*map(str, site.destroy), *map(str, site.create)]
     command = f'migperf apply "{geometry}"' + (f" --device {spec}" if spec else "")
-    notes = [_ALONE]
+    notes = [_ALONE, *_unmeasured(mix, layout, table)]
     if table.contaminated:
         notes.append(f"{table.contaminated} of {table.records} records were contaminated and left out")
     return Recommendation(
@@ -256,6 +256,18 @@ def _recommendation(
         notes=tuple(notes),
         commands=(command,) if changes else (),
     )
+
+
+def _unmeasured(mix: Mix, layout: Layout, table: Table) -> Iterator[str]:
+    """Say in which profiles nobody knows what a job would do: the exact answer is one among the others."""
+    for job in mix.jobs:
+        workload = table.resolve(job.workload, job.mode)
+        known = {profile for name, profile, _ in table.cells if name == workload}
+        known |= {profile for name, profile in (*mix.services, *mix.trainings) if name == job.name}
+        missing = [p.name for p in layout.profiles if p.name not in known and not p.media]
+        if missing:
+            names = ", ".join(missing)
+            yield f"{job.name} was neither measured nor predicted in {names}: not considered there"
 
 
 def _values(objective: Objective, score: Score, site: Site) -> tuple[float, ...]:
