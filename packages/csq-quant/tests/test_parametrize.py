@@ -200,6 +200,13 @@ class TestBadInput:
         assert "\n" not in text
         assert csq.bit_layers(model) == {}
 
+    def test_a_layer_that_is_the_whole_model_is_named_by_its_class(self):
+        layer = nn.Linear(2, 2)
+        with torch.no_grad():
+            layer.weight[0, 0] = torch.nan
+        with pytest.raises(InputError, match="cannot be quantized; Linear: its weight has NaN"):
+            csq.parametrize(layer)
+
     @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
     def test_weights_that_hooks_compute_are_named_and_the_model_is_left(self):
         model = nn.ModuleDict({"fine": nn.Linear(2, 2), "normed": nn.utils.weight_norm(nn.Linear(2, 2))})

@@ -184,7 +184,7 @@ def _check_weights(found: list[tuple[str, nn.Module, str, Tensor]]) -> None:
     if not found:
         raise InputError("leaves no layer to quantize", field="skip or select")
     problems = [
-        f"{name}: {problem}"
+        f"{name or type(module).__name__}: {problem}"
         for name, module, tensor_name, weight in found
         if (problem := _problem(module, tensor_name, weight))
     ]
