@@ -106,7 +106,7 @@ def test_one_that_fails_gives_its_message(fake, text, message):
 
 def test_one_that_hangs_is_ended(fake):
     fake("mxnet", "import time; time.sleep(60)")
-    (answer,) = asked(CPU, "mxnet", timeout=1.0)
+    (answer,) = asked(CPU, "mxnet", timeout=0.3)
     assert (answer.status, answer.message) == ("failed", "gave no answer in time")
 
 
