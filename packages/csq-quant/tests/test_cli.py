@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import killed_at_a_checkpoint
 
 import csq
-from csq import cli, runs, sources, stages
+from csq import cli, methods, runs, sources, stages
 from csq.checkpoints import read_checkpoint
 from csq.settings import Settings
 from csq.training import CHECKPOINT
@@ -200,8 +200,13 @@ def test_a_killed_run_resumes_to_the_same_last_bit(data: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("method", ["csq-uniform", "lsq", "bsq", "hawq", "float"])
 def test_rivals_train_harden_and_show_in_the_same_way(
-    method: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(methods, "SAMPLES", 2)  # of hawq's traces
     out, file = tmp_path / "run", tmp_path / "m.safetensors"
     options = [*SHORT, "--method", method, "--epochs", 4]
     assert run("train", "--model", "csq/resnet8", "--data", data, "--out", out, *options) == 0

@@ -38,7 +38,10 @@ def test_all_methods_have_two_sizes_and_the_same_steps() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "method"), [("resnet20", "csq"), ("mixer", "hawq")])
-def test_a_short_run_measures_accuracy_and_three_sizes_at_its_target(architecture: str, method: str) -> None:
+def test_a_short_run_measures_accuracy_and_three_sizes_at_its_target(
+    architecture: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "SAMPLES", 2)  # of hawq's traces
     run = Run(architecture, method, "2 bits", 0, steps=16)  # type: ignore[arg-type]
     outcome = experiments.execute(run)
     assert 0 <= outcome.accuracy <= 1
