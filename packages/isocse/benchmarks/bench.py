@@ -31,10 +31,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from isocse import isotropy
-from isocse.analysis import Options, analyze, choose_types
+from isocse.analysis import analyze, choose_types
 from isocse.corpus import Corpus
 from isocse.encoders import Encoder, load_encoder
 from isocse.geometry import Geometry
+from isocse.options import Options
 from isocse.streams import SelfSimilarity
 from isocse.types import CLASSES
 from shared_core.files import write_json

@@ -2,87 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from isocse.corpus import Corpus, Plan, TokenBatch, repeats
+from isocse.assembly import assemble, token_map
+from isocse.corpus import Corpus, Plan, TokenBatch, Types, repeats
 from isocse.encoders import Encoder, load_encoder, pad, pool, tokenize
-from isocse.geometry import Geometry, GeometrySettings, Results, Treatment
-from isocse.report import MEASURES, GeometryReport, TokenMap, TypeTable
+from isocse.geometry import Geometry, GeometrySettings, Treatment
+from isocse.options import Options, make_options, removed_dimensions
+from isocse.report import GeometryReport
 from isocse.streams import Alignment, hashes
-from isocse.types import CLASSES, Classifier, Kind, classify
+from isocse.types import CLASSES, Kind, classify
 from shared_core import InputError
 
-Baseline = Literal["expected", "sampled", "tokens"]
-_BASELINES: dict[str, str] = {
-    "expected": "anisotropy",
-    "sampled": "anisotropy_sampled",
-    "tokens": "anisotropy_tokens",
-}
 MAP_SENTENCES = 5
 """Sentences whose tokens are all on the map."""
-FREQUENCY_BINS = (5, 10, 20, 50, 100, 1000)
-"""Least occurrences of each bin of types."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a corpus is measured; the arguments of `analyze`.
-
-    Attributes:
-        layers: "all", or numbers; negative ones count from the last.
-        pooling: Of sentence vectors; the model's own where None.
-        classes: "stopwords", "frequency", a classifier, or a table from text to class.
-        min_count: Fewest occurrences of a type that is analysed.
-        sample: Sentences of the samples.
-        seed: Of samples and bootstraps.
-        include_special: Whether [CLS], [SEP] and the like count in measures of tokens.
-        unit: "token", or "word" to put the tokens of a word together.
-        baseline: What adjusted values are less of: "expected" (over all draws), "sampled" (one draw), or
-            "tokens".
-        compat: "official" measures as the paper's published code.
-        treatments: "remove-k" for the k dimensions with the greatest contributions, "center", "standardize".
-        batch_tokens: Positions of a batch.
-        detail: Also measure what needs the samples' pairs and eigenvectors.
-    """
-
-    layers: str | Sequence[int] = "all"
-    pooling: str | None = None
-    classes: str | Classifier | Mapping[str, str] = "stopwords"
-    min_count: int = 5
-    sample: int = 1000
-    seed: int = 0
-    include_special: bool = True
-    unit: str = "token"
-    baseline: str = "expected"
-    compat: str | None = None
-    treatments: Sequence[str] = ()
-    batch_tokens: int = 2048
-    detail: bool = True
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "unit": ("token", "word"),
-            "baseline": tuple(_BASELINES),
-            "compat": (None, "official"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                listed = ", ".join(str(value) for value in values if value)
-                raise InputError(f"expected one of {listed}", field=name, value=getattr(self, name))
-        for name, least in (("min_count", 2), ("sample", 4), ("batch_tokens", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"expected {least} or more", field=name, value=getattr(self, name))
-        if self.compat == "official" and self.unit == "word":
-            raise InputError("expected token with compat official", field="unit", value=self.unit)
-        for name in self.treatments:
-            _treatment_count(name)
 
 
 def analyze(
@@ -135,17 +74,8 @@ def analyze(
     report = _report(encoder, corpus, table, geometry, chosen, pooling)
     if alignment is not None:
         report.measures["alignment"], report.errors["alignment"] = alignment
-    report.map = _token_map(report, geometry, drawn)
+    report.map = token_map(report, geometry, drawn)
     return report
-
-
-def make_options(given: Mapping[str, Any]) -> Options:
-    """Options from keyword arguments; a misspelt one is an error that names those there are."""
-    unknown = sorted(set(given) - set(Options.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(Options.__dataclass_fields__)
-        raise TypeError(f"unexpected argument {', '.join(unknown)}; options: {known}")
-    return Options(**given)
 
 
 def analyze_states(
@@ -195,7 +125,7 @@ def analyze_states(
     table = Types(list(rows), found, np.array(counts), numbers, Plan(rows, {}, 3))
     _check_counts(np.array(counts), chosen.min_count)
     corpus = {"sentences": number, "tokens": int(sum(counts))}
-    return _fill(name, corpus, table, geometry, chosen, pooling, [])
+    return assemble(name, corpus, table, geometry, chosen, pooling, [])
 
 
 def _batch_of_states(
@@ -228,25 +158,6 @@ def _batch_of_states(
         repeated=torch.as_tensor(repeats(sentence, types)),
         counted=torch.ones(len(flat), dtype=torch.bool),
     )
-
-
-@dataclass
-class Types:
-    """The types that are analysed, and how a corpus is measured for them.
-
-    Attributes:
-        names: Token ids or words.
-        kinds: Of each.
-        counts: Occurrences.
-        classes: Of each, an index into `CLASSES`.
-        plan: For the corpus.
-    """
-
-    names: list[int | str]
-    kinds: list[Kind]
-    counts: np.ndarray
-    classes: np.ndarray
-    plan: Plan
 
 
 def choose_types(corpus: Corpus, options: Options) -> Types:
@@ -337,7 +248,7 @@ def _fit_treatments(
 
 def _treatment(name: str, layer: Any) -> Treatment:
     sample = layer.sample.rows.double()
-    count = _treatment_count(name)
+    count = removed_dimensions(name)
     if count:
         top = layer.core.sentences.contributions().top(count)
         kept = torch.ones(sample.shape[1], dtype=torch.bool, device=sample.device)
@@ -349,16 +260,6 @@ def _treatment(name: str, layer: Any) -> Treatment:
     deviation = (sample - mean).square().mean(0).sqrt()
     scale = torch.where(deviation > 0, deviation, 1.0)
     return lambda x: (x - mean.to(x)) / scale.to(x)
-
-
-def _treatment_count(name: str) -> int:
-    """Dimensions that a treatment removes."""
-    kind, _, number = name.partition("-")
-    if kind == "remove" and number.isdigit() and int(number) > 0:
-        return int(number)
-    if name in ("center", "standardize"):
-        return 0
-    raise InputError("expected remove-K, center or standardize", field="treatments", value=name)
 
 
 def _alignment(
@@ -421,151 +322,4 @@ def _report(
         notes.append(f"samples have all {facts.sentences} sentences, there are no {options.sample}")
     if encoder.causal:
         notes.append("a causal model: a token sees only those before it, which lowers self-similarity less")
-    return _fill(encoder.name, counts, table, geometry, options, pooling, notes)
-
-
-def _fill(
-    name: str,
-    counts: dict[str, int],
-    table: Types,
-    geometry: Geometry,
-    options: Options,
-    pooling: str,
-    notes: list[str],
-) -> GeometryReport:
-    official = options.compat == "official"
-    analysed = np.array([official or not kind.special for kind in table.kinds], dtype=bool)
-    analysed &= table.counts >= options.min_count
-    results = geometry.results(analysed, table.classes, first_only=official)
-    zeros = max((result.zeros for result in results), default=0)
-    if zeros:
-        counts = counts | {"zero_vectors": zeros}
-        notes = [*notes, f"{zeros} tokens have a state of zeros, which no cosine has, at some layer"]
-    report = GeometryReport(
-        model=name,
-        settings=_recorded(options, pooling),
-        corpus=counts,
-        layers=list(geometry.layers or []),
-        measures=_by_layer([result.measures for result in results]),
-        errors=_by_layer([result.errors for result in results]),
-        by_class={kind: _by_layer([result.by_class[kind] for result in results], None) for kind in CLASSES},
-        by_frequency={},
-        types=TypeTable(
-            [kind.token for kind in table.kinds],
-            [kind.text for kind in table.kinds],
-            [CLASSES[number] for number in table.classes],
-            table.counts,
-            analysed,
-            np.stack([result.types for result in results]),
-        ),
-        top_dimensions=[result.top for result in results],
-        removal=_nested([result.removal for result in results]),
-        treated=_nested([result.treated for result in results]),
-        notes=[*notes, *_thin(results, counts)],
-    )
-    _adjust(report, _BASELINES["sampled" if official else options.baseline])
-    report.by_frequency = _frequency_table(report)
-    return report
-
-
-def _thin(results: list[Results], counts: dict[str, int]) -> list[str]:
-    """A note where IsoScore has too few points."""
-    width = max((0 if r.sample is None else r.sample.shape[1] for r in results), default=0)
-    if counts["sentences"] >= 10 * width:
-        return []
-    return [
-        f"IsoScore is too low by a little: {counts['sentences']} points in {width} dimensions, "
-        f"{10 * width} or more are needed"
-    ]
-
-
-def _recorded(options: Options, pooling: str) -> dict[str, Any]:
-    names = (
-        "min_count", "sample", "seed", "include_special", "unit", "baseline", "compat",
-    )  # fmt: skip
-    how = options.classes if isinstance(options.classes, str) else "given"
-    found = {name: getattr(options, name) for name in names}
-    return found | {"pooling": pooling, "classes": how, "treatments": list(options.treatments)}
-
-
-def _adjust(report: GeometryReport, baseline: str) -> None:
-    """Adjusted values, of all that has them: the value less the anisotropy baseline of its layer."""
-    m = report.measures
-    base = m.get(baseline, m["anisotropy"])
-    for name in ("intra_sentence", "self_similarity"):
-        if name in m:
-            m[f"adjusted_{name}"] = m[name] - base
-    for row in report.by_class.values():
-        if "self_similarity" in row:
-            row["adjusted_self_similarity"] = row["self_similarity"] - base
-    semantic = report.by_class["semantic"].get("adjusted_self_similarity")
-    if semantic is not None:
-        m["spurious_contextualization"] = 1 - semantic
-    for row in report.treated.values():
-        for name in ("intra_sentence", "self_similarity"):
-            if name in row:
-                row[f"adjusted_{name}"] = row[name] - row["anisotropy"]
-    ordered = {name: m[name] for name in MEASURES if name in m}
-    m.clear()
-    m.update(ordered)
-
-
-def _by_layer(rows: Sequence[Mapping[str, float]], order: Any = MEASURES) -> dict[str, np.ndarray]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if order is not None:
-        names.sort(key=list(order).index)
-    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
-
-
-def _nested(rows: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, np.ndarray]]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return {name: _by_layer([row.get(name, {}) for row in rows], None) for name in names}
-
-
-def _frequency_table(report: GeometryReport) -> dict[str, dict[str, np.ndarray]]:
-    """Mean self-similarity by frequency bin and class."""
-    table, found = report.types, {}
-    classes = np.array(table.classes)
-    for low, high in zip(FREQUENCY_BINS, (*FREQUENCY_BINS[1:], None), strict=True):
-        inside = (table.counts >= low) & (table.counts < (high or np.inf)) & table.analysed
-        row = {}
-        for name in ("semantic", "functional", "subword"):
-            chosen = table.self_similarity[:, inside & (classes == name)]
-            chosen = chosen[:, np.isfinite(chosen).all(0)]
-            if chosen.shape[1]:
-                row[name] = chosen.mean(1)
-        if row:
-            found[f"{low} or more" if high is None else f"{low} to {high - 1}"] = row
-    return found
-
-
-def _token_map(
-    report: GeometryReport, geometry: Geometry, drawn: tuple[list[str], Tensor, Tensor] | None
-) -> TokenMap | None:
-    """The last layer's drawn tokens, and all tokens of some sentences, on principal components of each."""
-    layer = geometry.measured[-1]
-    if drawn is None or layer.sample.rows is None or layer.sample_kinds.rows is None:
-        return None
-    points, explained = _principal(layer.sample.rows.double().cpu())
-    kinds = layer.sample_kinds.rows.cpu()
-    texts, states, kept = drawn
-    shown, shown_explained = _principal(states.double()[kept])
-    return TokenMap(
-        points=points,
-        texts=[report.types.texts[row] if row >= 0 else "" for row in kinds[:, 0].tolist()],
-        classes=[CLASSES[number] for number in kinds[:, 1].tolist()],
-        sentence_points=shown,
-        sentence_texts=texts,
-        sentences=kept.nonzero()[:, 0].tolist(),
-        explained=explained,
-        sentence_explained=shown_explained,
-    )
-
-
-def _principal(x: Tensor) -> tuple[np.ndarray, list[float]]:
-    """Rows on their first two principal components, and the share of the variance of each component."""
-    centred = x - x.mean(0)
-    variances, directions = torch.linalg.eigh(centred.T @ centred)
-    axes = directions[:, -2:].flip(1)
-    axes = axes * torch.sign(axes.gather(0, axes.abs().argmax(0, keepdim=True)))  # the sign is arbitrary
-    return (centred @ axes).numpy(), (variances[-2:].flip(0) / variances.sum()).tolist()
+    return assemble(encoder.name, counts, table, geometry, options, pooling, notes)

@@ -413,7 +413,7 @@ def _options(
     treat: list[str] | None,
     batch_tokens: int,
 ) -> dict[str, Any]:
-    from isocse.analysis import make_options
+    from isocse.options import make_options
 
     how: Any = classes
     if classes.startswith("pos:"):

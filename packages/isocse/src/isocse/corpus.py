@@ -318,6 +318,25 @@ class Plan:
         return np.where(ids == inside, rows, -1), np.where(ids == inside, classes, 0)
 
 
+@dataclass
+class Types:
+    """The types that are analysed, and how a corpus is measured for them.
+
+    Attributes:
+        names: Token ids or words.
+        kinds: Of each.
+        counts: Occurrences.
+        classes: Of each, an index into `CLASSES`.
+        plan: For the corpus.
+    """
+
+    names: list[int | str]
+    kinds: list[Kind]
+    counts: np.ndarray
+    classes: np.ndarray
+    plan: Plan
+
+
 def _units(sentence: np.ndarray, numbers: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First token of each unit in the order of the text, and the unit of each token.
 

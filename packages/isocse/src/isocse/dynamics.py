@@ -12,8 +12,9 @@ import numpy as np
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback
 
-from isocse.analysis import analyze, make_options
+from isocse.analysis import analyze
 from isocse.encoders import load_encoder
+from isocse.options import make_options
 from isocse.pairs import Judged
 from isocse.report import GeometryReport
 from shared_core import InputError, files
