@@ -59,8 +59,8 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "lead-kd": Arm("lead", 4e-4),
-    "lead, equal weights": Arm("lead", 4e-4, reweight=False),
+    "lead-kd": Arm("lead", 8e-4),
+    "lead, equal weights": Arm("lead", 8e-4, reweight=False),
     "lead, last layers": Arm("lead", 4e-4, strategy="last"),
     "none": Arm("none", 4e-4),
     "response": Arm("response", 4e-4),
@@ -87,6 +87,8 @@ class Sizes:
     passage_length: int = 24
     keep: tuple[int, ...] = (0, 1)
     pairs: int = 2
+    redraw: int = 1
+    """Steps between draws; the official 10 of 50,000 steps would be three draws in all here."""
     arms: tuple[str, ...] = tuple(ARMS)
     methods: dict[str, Arm] = field(default_factory=lambda: dict(ARMS))
 
@@ -191,7 +193,9 @@ def run_arm(task: tuple[Prepared, Arm, int, bool]) -> Result:
         if arm.objective == "response"
         else make_objective(arm.objective, student, teacher, options, co_train=False, seed=seed)
     )
-    schedule = LayerSchedule(teacher.n_layers, student.n_layers, sizes.pairs, arm.strategy, 10, seed)
+    schedule = LayerSchedule(
+        teacher.n_layers, student.n_layers, sizes.pairs, arm.strategy, sizes.redraw, seed
+    )
     trained = distill(
         student,
         teacher,
