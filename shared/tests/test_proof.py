@@ -223,6 +223,7 @@ def test_an_incomplete_proof_is_refused_with_all_its_gaps_and_the_old_file_stays
         run.finish()
     for gap in (
         "there is no claim",
+        "nobody says what it means",
         "methods lack 'repqvit'",
         "metric 'mse' has no value",
         "minmax, top1: 1 values for 3 seeds",
@@ -324,6 +325,7 @@ def test_wall_time_is_that_of_the_block(tmp_path):
         run.metric("top1")
         run.add("repqvit", "top1", 1.0)
         run.claim("a", rule="b", holds=True, reason="c")
+        run.meaning("d")
         time.sleep(0.05)
     time.sleep(0.3)
     run.finish()

@@ -90,6 +90,7 @@ def prove(out: Path, seeds: int = 3, quick: bool = False) -> int:
     for architecture in architectures:
         _record(run, outcomes, architecture)
     _judge(run, outcomes, architectures)
+    run.meaning(_meaning(run))
     run.detail("outcomes", [_plain(outcome) for outcome in outcomes])
     proof_pictures.draw(run, outcomes, architectures)
     return run.finish()
@@ -123,6 +124,22 @@ def _record(run: proof.ProofRun, outcomes: Sequence[Outcome], architecture: Arch
             )
             for outcome in sorted(ours, key=lambda o: o.run.seed):
                 run.add(PACKAGE, metric, getattr(outcome, field))
+
+
+def _meaning(run: proof.ProofRun) -> str:
+    size, *against = run.claims
+    beaten = [name for (_, name), claim in zip(RIVALS.items(), against, strict=True) if claim.holds]
+    text = "A model can be asked for an average precision, and " + (
+        "gets it." if size.holds else "misses it."
+    )
+    if len(beaten) == len(RIVALS):
+        return text + " At equal size it is more accurate than all rivals here."
+    return text + (
+        f" At equal size it is more accurate than {' and '.join(beaten)} at both targets, and than no other "
+        "rival: where accuracy alone counts, try those too."
+        if beaten
+        else " At equal size it is more accurate than no rival at both targets: try those too."
+    )
 
 
 def _judge(run: proof.ProofRun, outcomes: Sequence[Outcome], architectures: Sequence[Architecture]) -> None:

@@ -204,6 +204,8 @@ class ProofRun:
 
     def _check_complete(self) -> None:
         problems = [] if self._claims else ["there is no claim"]
+        if not self._meaning:
+            problems.append("nobody says what it means")
         if self.package not in self.methods:
             problems.append(f"methods lack {self.package!r}, the method itself")
         used = {metric for values in self.methods.values() for metric in values}
