@@ -489,8 +489,9 @@ def one_and_two(folders, tmp_path_factory):
     running = [
         start(folders, out / "two", **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
     ]
-    running.append(start(folders, out / "one"))
-    assert [process.wait(300) for process in running] == [0, 0, 0]
+    for case in two_process_cases:
+        run_case(case, folders["student"].parent, out / "one" / case, 1, Recipe(3, lr=1e-3, log_every=1))
+    assert [process.wait(300) for process in running] == [0, 0]
     return out
 
 
