@@ -10,6 +10,8 @@ that of a process of its own for each, above what it had before the loss (Linux)
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -104,6 +106,9 @@ def print_peak(size: str, boxes: str, form: str, lean: str) -> None:
     warm = stepper("64 x 200 x 304", BOXES[0], form, True)
     warm()  # libraries are loaded
     step = stepper(size, boxes, form, lean == "lean")
+    del warm
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the warm-up has freed would hide the step's own peak
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = resident_peak()
     step()
