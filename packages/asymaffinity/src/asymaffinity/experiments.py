@@ -25,6 +25,7 @@ from asymaffinity.grid import box_cells, cell_masks
 from asymaffinity.losses import BoxSupLoss
 from asymaffinity.metrics import given_box_ap, mask_health, mask_iou
 from asymaffinity.scenes import Materials, Scenes, make_scenes
+from shared_core.workers import one_thread
 
 STRIDE = 2
 STEPS, BATCH, RATE = 200, 8, 4e-3
@@ -260,6 +261,6 @@ def execute_all(
     if count == 1:
         note(map(execute, runs))
     else:
-        with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(count, get_context("spawn"), one_thread) as pool:
             note(future.result() for future in as_completed([pool.submit(execute, run) for run in runs]))
     return [found[run] for run in runs]

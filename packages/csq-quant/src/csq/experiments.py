@@ -65,6 +65,7 @@ from csq.methods import (
 )
 from csq.resnet import resnet20
 from csq.training import Recipe, Trained, bn_batches, train
+from shared_core.workers import one_thread
 
 STEPS = 240
 TARGETS = (1.5, 2.0)
@@ -332,10 +333,6 @@ def plan(
     return sorted(runs, key=lambda run: (run.architecture != "resnet20", run.method not in slow))
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def execute_all(
     runs: Sequence[Run], *, workers: int = 2, progress: Callable[[Outcome], None] | None = None
 ) -> list[Outcome]:
@@ -367,7 +364,7 @@ def execute_all(
     else:
         # A process forked from this one may inherit held locks of torch; a server that forks holds none.
         context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(workers, context, _one_thread) as pool:
+        with ProcessPoolExecutor(workers, context, one_thread) as pool:
             for future in as_completed([pool.submit(execute_group, group) for group in groups.values()]):
                 tell(future.result())
     return [found[run] for run in runs]

@@ -33,6 +33,7 @@ from isocse.report import GeometryReport
 from isocse.shift import compare_reports
 from isocse.training import Recipe, sentence_transformer, train
 from shared_core import plot, proof
+from shared_core.workers import one_thread
 
 WORKERS = 2
 METRICS: dict[str, tuple[str, bool]] = {
@@ -185,7 +186,7 @@ def _run_all(plan: Plan, seeds: int) -> dict[str, Any]:
 
 
 def _start_worker() -> None:
-    torch.set_num_threads(1)
+    one_thread()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers.utils import logging
 

@@ -30,6 +30,7 @@ from kdcicam.proof_scenes import CLASSES, MASKS, SIZE, apart_root
 from kdcicam.settings import Role, Settings
 from kdcicam.training import train
 from shared_core.files import atomic_path
+from shared_core.workers import one_thread
 
 Array = np.ndarray
 METRICS = ("top1_cls", "top1_loc", "gt_known", "max_box_acc_v2")
@@ -100,7 +101,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, done: Callable[[], None]) -> lis
     """Run tasks, in processes of one thread each; results are in the order of the tasks."""
     if jobs == 1:
         return [one for task in tasks for one in _counted(run_task(task), done)]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), one_thread) as pool:
         futures = [pool.submit(run_task, task) for task in tasks]
         for future in as_completed(futures):
             future.result()

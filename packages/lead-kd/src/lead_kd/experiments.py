@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from lead_kd.cache import CachedTeacher, TeacherCache, build_cache
 from lead_kd.corpus import RetrievalData
@@ -30,6 +29,7 @@ from lead_kd.selection import LayerSchedule, Strategy
 from lead_kd.training import Recipe, distill
 from lead_kd.wikipedia_task import MODEL_FOLDER, MODEL_PACKAGE, wikipedia_task
 from shared_core.wheels import member_folder
+from shared_core.workers import one_thread
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -210,11 +210,6 @@ def run_arm(task: tuple[Prepared, Arm, int, bool]) -> Result:
     del teacher, student, objective
     gc.collect()  # few and large objects: Python would let the models of many runs pile up
     return Result(found.mean, found.per_query["nDCG@10"], trained.history)
-
-
-def one_thread() -> None:
-    """Start of a worker: each has one core."""
-    torch.set_num_threads(1)
 
 
 def choose_rates(

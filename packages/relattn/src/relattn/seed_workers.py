@@ -7,10 +7,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-import torch
-
 from relattn.experiment_plan import Plan, SeedResult
 from relattn.experiments import OnEvent, Trained, measure_seed, run_seed, train_seed
+from shared_core.workers import one_thread
 
 _events: Any = None  # a worker's way to its parent
 
@@ -47,7 +46,7 @@ def run_seeds(seeds: Sequence[int], plan: Plan, on_event: OnEvent, workers: int 
 def _start(events: Any) -> None:
     global _events
     _events = events
-    torch.set_num_threads(1)
+    one_thread()
 
 
 def _train(seed: int, plan: Plan) -> Trained:

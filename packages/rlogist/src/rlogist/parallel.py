@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shared_core import InputError
+from shared_core.workers import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def _single_thread() -> None:
     """Processes share the cores already; more threads would only wait. A user's own values win."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):  # read at first import
         os.environ.setdefault(name, "1")
+    end_with_parent()
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
