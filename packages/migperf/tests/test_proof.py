@@ -93,6 +93,20 @@ def test_two_of_three_clean_repeats_are_needed_in_every_arm(stage):
     assert "load" in claims(stage)[1][1]
 
 
+@pytest.mark.parametrize(("status", "known"), [("insufficient", True), ("failed", False)])
+def test_a_neighbour_with_few_steps_hides_no_service_and_one_that_failed_does(status, known):
+    """Unpinned, a training of many threads gets through hardly a step in a window: it was there though."""
+    from made_records import record
+
+    both = study(worker=0, migperf=[(40.0, 70.0)] * 3, **{DEFAULT: [(1.5, 9000.0)] * 3})
+    for result in both.measured[DEFAULT].results.values():
+        result.records.append(record(worker=1, status=status, message="1 requests began"))
+    assert (both.inconclusive(("migperf", DEFAULT)) == "") is known
+    for result in both.measured[DEFAULT].results.values():
+        result.records[0] = record(worker=0, status="insufficient", message="1 requests began")
+    assert "inconclusive" in both.inconclusive(("migperf", DEFAULT))
+
+
 @pytest.mark.parametrize(("rate", "holds"), [(120.0, True), (91.0, True), (89.0, False), (39.0, False)])
 def test_the_honest_rival_may_tie_but_not_win_by_more_than_a_tenth(stage, rate, holds, monkeypatch):
     monkeypatch.setattr(Study, "pooled", lambda self, arm: {

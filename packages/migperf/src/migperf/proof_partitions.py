@@ -124,7 +124,9 @@ class Study:
                 record.message or record.status
                 for arm in arms for seed in self.clean(arm)
                 for record in self.measured[arm].results[seed].records
-                if record.status in ("failed", "oom", "insufficient")
+                # A neighbour that did hardly a step in the window was there; one that failed was not.
+                if record.status in ("failed", "oom")
+                or (record.status == "insufficient" and self.worker in (None, record.worker))
             }  # fmt: skip
             return f"inconclusive: {'; '.join(sorted(failed))}" if failed else ""
         why = {
