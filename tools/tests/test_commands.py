@@ -18,6 +18,8 @@ from tools import workspace
 
 COMMANDS = [str(member.command) for member in workspace.packages()]
 BIN = Path(sys.executable).parent
+BEGUN = 5.0
+"""Seconds in which most commands have come to their work; Ctrl-C and a kill have to be safe before it too."""
 
 
 def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -68,7 +70,7 @@ def test_what_cannot_be_written_ctrl_c_and_a_kill(command: str, tmp_path: Path) 
         assert str(tmp_path / "file") in line
         assert "Traceback" not in refused.said()
         assert (tmp_path / "file").read_text() == "mine"
-        time.sleep(2)  # they are where the refused one ended: at their work now
+        time.sleep(BEGUN)
         for number, proving in stopped.items():
             proving.stop(number)
         for number, code in STOPS.items():

@@ -13,6 +13,7 @@ import typer
 
 from asymaffinity.settings import AFFINITIES, Settings, parsed
 from shared_core import InputError, command, files
+from shared_core.files import make_folder
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -332,6 +333,7 @@ def prove(
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the steps, one seed.")] = False,
 ) -> None:
     """Train symmetric and asymmetric losses from boxes alone on scenes of real pictures, and judge."""
+    make_folder(out)  # what cannot be written is told before anything large is imported
     with command.warnings_in_one_line():
         from asymaffinity.proof import prove as run
 

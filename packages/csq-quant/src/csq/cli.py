@@ -10,6 +10,7 @@ import typer
 from csq.cli_models import evaluate, export, harden, inspect
 from csq.cli_train import train
 from shared_core import command
+from shared_core.files import make_folder
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -37,6 +38,7 @@ def prove(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller run that shows the machinery.")] = False,
 ) -> None:
     """Show on embedded data whether the paper's claims hold; exit code 0 where they do, 1 where not."""
+    make_folder(out)  # what cannot be written is told before anything large is imported
     from csq.proof import prove as run_proof
 
     raise typer.Exit(run_proof(out, seeds, quick))

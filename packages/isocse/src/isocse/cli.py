@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from shared_core import InputError, command, files
+from shared_core.files import make_folder
 
 if TYPE_CHECKING:
     from isocse.report import GeometryReport
@@ -385,6 +386,7 @@ def prove(
     quick: Annotated[bool, typer.Option("--quick", help="A shortened run.")] = False,
 ) -> None:
     """Check the paper's findings on a real encoder, and on one that is tuned here."""
+    make_folder(out)  # what cannot be written is told before anything large is imported
     from isocse import proof
 
     raise typer.Exit(proof.prove(out, seeds=seeds, quick=quick))

@@ -13,6 +13,7 @@ import typer
 
 from kdcicam.settings import PRESETS, TEACHER_ROLES, Settings, parsed, settings_from
 from shared_core import InputError, command, files
+from shared_core.files import make_folder
 
 if TYPE_CHECKING:
     pass
@@ -454,6 +455,7 @@ def prove(
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> int:
     """Compare the student of two teachers with all baselines on composed images with a confounder."""
+    make_folder(out)  # what cannot be written is told before anything large is imported
     with command.warnings_in_one_line():
         from kdcicam.proof import run_proof
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from shared_core import InputError, command, files
+from shared_core.files import make_folder
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -492,6 +493,7 @@ def prove(
     quick: Annotated[bool, typer.Option("--quick", help="A short run that shows less.")] = False,
 ) -> int:
     """Distill MiniLM into its first layers on Wikipedia's texts, by LEAD and by its rivals."""
+    make_folder(out)  # what cannot be written is told before anything large is imported
     from lead_kd.proof import run_proof
 
     with command.warnings_in_one_line():

@@ -8,6 +8,7 @@ import typer
 
 from shared_core import InputError
 from shared_core.command import print_table, run
+from shared_core.files import make_folder
 
 if TYPE_CHECKING:
     from migperf.backends import Backend
@@ -511,6 +512,7 @@ def prove(
     """Prove the method's claims on this machine; exit 0 where they hold, 1 where not."""
     if seeds < 1:
         raise InputError("expected at least 1", field="--seeds", value=seeds)
+    make_folder(out)  # what cannot be written is told before anything large is imported
     from migperf.proof import run_proof
 
     raise typer.Exit(run_proof(out, range(seeds), quick))

@@ -39,6 +39,7 @@ from relattn.cli_options import (
     share,
 )
 from shared_core import InputError, command, files
+from shared_core.files import make_folder
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -352,6 +353,7 @@ def prove(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller run that takes seconds.")] = False,
 ) -> None:
     """Show on embedded data whether the paper's claim holds; exit code 0 where it does, 1 where not."""
+    make_folder(out)  # what cannot be written is told before anything large is imported
     from relattn.proof import prove as run_proof
 
     raise typer.Exit(run_proof(out, seeds, quick))

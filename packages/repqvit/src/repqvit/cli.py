@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared_core import InputError, command, files
+from shared_core.files import make_folder
 
 if TYPE_CHECKING:
     import repqvit.quantized
@@ -443,6 +444,7 @@ def prove(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller run that takes seconds.")] = False,
 ) -> None:
     """Show on embedded data whether the paper's claim holds; exit code 0 where it does, 1 where not."""
+    make_folder(out)  # what cannot be written is told before anything large is imported
     from repqvit.proof import prove as run_proof
 
     raise typer.Exit(run_proof(out, seeds, quick))

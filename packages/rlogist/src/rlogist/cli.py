@@ -8,6 +8,7 @@ import typer
 
 from rlogist.cli_options import Backend, EncoderOptions, FolderOptions, SlideOptions, with_options
 from shared_core.command import BAD_INPUT, run
+from shared_core.files import make_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -296,6 +297,7 @@ def prove(
     jobs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
 ) -> int:
     """Generate slide files and compare the agent with every other way to choose regions."""
+    make_folder(out)  # what cannot be written is told before anything large is imported
     from rlogist.proof import run_proof
 
     return run_proof(out, range(1 if quick and seeds == 3 else seeds), quick, jobs)

@@ -8,6 +8,7 @@ import typer
 
 from shared_core import InputError
 from shared_core.command import run
+from shared_core.files import make_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -213,6 +214,7 @@ def prove(
     """Prove the method's claims on small data; exit 0 where they hold, 1 where not."""
     if seeds < 1:
         raise InputError("expected at least 1", field="--seeds", value=seeds)
+    make_folder(out)  # what cannot be written is told before anything large is imported
     from smm_dp.proof import run_proof
 
     raise typer.Exit(run_proof(out, range(seeds), quick))

@@ -12,7 +12,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from shared_core.errors import InputError
-from shared_core.files import write_json
+from shared_core.files import make_folder, write_json
 from shared_core.proof.environment import peak_memory_bytes, versions
 from shared_core.proof.record import FILE_NAME, Claim, Metric, ProofRecord
 from shared_core.proof.table import show
@@ -74,10 +74,7 @@ class ProofRun:
         self._wall: float | None = None
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise InputError("expected one or more different seeds", field="seeds", value=self.seeds)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"the folder cannot be made: {error.strerror}", file=self.out) from error
+        make_folder(self.out)
 
     def __enter__(self) -> "ProofRun":
         self._started = time.perf_counter()
