@@ -326,7 +326,7 @@ def train(
     sampler = Sampler(data, batch_size, negatives, recipe.seed, processes=accelerator.num_processes)
     if accelerator.is_main_process:
         for number, words in (
-            (sampler.without_positive, "queries without a positive are left out"),
+            (sampler.without_positive, "queries have no positive in this split and are left out"),
             (sampler.filled, "queries have fewer hard negatives than asked for; passages at random stand in"),
         ):
             if number:
