@@ -36,6 +36,7 @@ from asymaffinity.functional import affinity_loss
 from asymaffinity.grid import box_cells
 from asymaffinity.models import SmallPyramid
 from shared_core.files import write_json
+from shared_core.proof.environment import own_peak_bytes, reset_own_peak
 
 PEER = "stacked unfold, float weights for each instance, autograd"
 SIZES = {"100 x 200 x 320": (100, 200, 320), "64 x 200 x 304": (64, 200, 304)}
@@ -91,11 +92,6 @@ def least(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     return {name: min(each) for name, each in times.items()}
 
 
-def resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def peak(*case: str) -> float:
     """Peak bytes of a step, in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", *case]
@@ -109,10 +105,10 @@ def print_peak(size: str, boxes: str, form: str, lean: str) -> None:
     del warm
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the warm-up has freed would hide the step's own peak
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = resident_peak()
+    reset_own_peak()
+    before = own_peak_bytes()
     step()
-    print(resident_peak() - before)
+    print(own_peak_bytes() - before)
 
 
 def row(what: str, ours: float, theirs: float, unit: str, peer: str = PEER) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from csq.rivals import SteWeight
 from csq.rivals import attach as attach_rival
 from csq.storage import pack_codes, unpack_codes
 from shared_core.files import write_json
+from shared_core.proof.environment import own_peak_bytes, reset_own_peak
 
 LATE_PLANES = 2
 """Planes a layer in the last third of training, at target 2."""
@@ -121,17 +122,12 @@ def peak(model_name: str, variant: str) -> float:
 
 
 def print_peak(model_name: str, variant: str) -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = resident_peak()
+    reset_own_peak()
+    before = own_peak_bytes()
     step = stepper(model_name, variant)
     for _ in range(3):
         step()
-    print(resident_peak() - before)
-
-
-def resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    print(own_peak_bytes() - before)
 
 
 def row(what: str, ours: float, theirs: float, peer: str, unit: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from lead_kd.search import search
 from lead_kd.selection import LayerSchedule
 from lead_kd.wikipedia_task import MODEL_FOLDER, MODEL_PACKAGE, wikipedia_task
 from shared_core.files import write_json
+from shared_core.proof.environment import own_peak_bytes, reset_own_peak
 from shared_core.wheels import member_folder
 
 
@@ -148,16 +149,11 @@ def print_peak(name: Name) -> None:
     step = Step(name, teacher, queries, passages)
     step()  # libraries are loaded, optimizers have their state
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = resident_peak()
+    reset_own_peak()
+    before = own_peak_bytes()
     for _ in range(3):
         step()
-    print(resident_peak() - before)
-
-
-def resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    print(own_peak_bytes() - before)
 
 
 def bytes_row() -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_an_output_on_a_read_only_disk_is_told(folder, tmp_path, capsys, monkeyp
     for arguments in (("segment", folder), ("demo-slides",)):
         code, _, errors = run(capsys, *arguments, "--out", tmp_path / "o")
         assert (code, errors.count("\n")) == (2, 1)
-        assert "cannot be made or written to: Read-only file system" in errors
+        assert "the folder cannot be made: Read-only file system" in errors
 
 
 def test_an_output_that_is_a_file_is_told(folder, tmp_path, capsys):

@@ -12,12 +12,13 @@ import numpy as np
 from rlogist.annotations import read_annotations
 from rlogist.evaluate import accuracy, auc, auc_interval, f1, hit_rate
 from rlogist.features import read_features
-from rlogist.layouts import SlideRecord, output_folder, read_labels, split_patients
+from rlogist.layouts import SlideRecord, read_labels, split_patients
 from rlogist.model import Reading, RLogist
 from rlogist.report import write_report
 from rlogist.slide_jobs import Encoding, Job
 from rlogist.sources import Bag, bag_of
 from shared_core import InputError, files
+from shared_core.files import make_folder
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def predict_slide(job: AgentJob) -> dict[str, object]:
         return {"status": f"kept: {_status(kept)}", "regions": kept["regions"], "messages": []}
     with job.opening.open(job.slide) as slide:
         found = model.predict(slide, rho=job.rho, strategy=job.strategy)
-        output_folder(job.out.parent)
+        make_folder(job.out.parent)
         if job.report:
             write_report(page, slide, found)
         stored = {**found.to_dict(), "footprint": slide.geometry.scan.footprint, "made_with": made_with}

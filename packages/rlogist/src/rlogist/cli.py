@@ -166,7 +166,6 @@ def train(
 ) -> None:
     """Train all stages on feature files; writes a checkpoint after each epoch and the model at the end."""
     from rlogist.agent_jobs import labelled_bags, opening_of, train_split
-    from rlogist.layouts import output_folder
     from rlogist.model import RLogist
     from rlogist.modules import Architecture
     from rlogist.ppo import PPOSettings
@@ -190,7 +189,7 @@ def train(
     )
     model.fingerprint = made["fingerprint"]
     model.opening = opening_of(made)
-    output_folder(out)
+    make_folder(out)
     with training(out / "tensorboard" if tensorboard else None) as on_epoch:
         model.fit(
             bags,

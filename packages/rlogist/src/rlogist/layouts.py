@@ -67,20 +67,6 @@ def find_slides(folder: str | os.PathLike[str], suffixes: frozenset[str] = SUFFI
     return found
 
 
-def output_folder(path: str | os.PathLike[str]) -> Path:
-    """A folder for results, made where it is not there.
-
-    Raises:
-        InputError: It cannot be made: a read-only file system, no permission, a file of that name.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot be made or written to: {error.strerror}", file=folder) from error
-    return folder
-
-
 def read_labels(
     table: str | os.PathLike[str],
     folder: str | os.PathLike[str],

@@ -21,7 +21,6 @@ from rlogist.extractors import Extractor, check_device, load_extractor
 from rlogist.features import SlideFeatures
 from rlogist.foreseeing import ForeseeRegions
 from rlogist.full_observation import FullObservation, fit_scale
-from rlogist.layouts import output_folder
 from rlogist.ledger import ReadLedger
 from rlogist.mixed_states import MixedStates
 from rlogist.modules import Architecture, Critic, Modules, Policy, Update, seeded
@@ -35,6 +34,7 @@ from rlogist.staged import StagedSettings
 from rlogist.training_run import Epoch, run_stages
 from rlogist.transition import check_rho, check_update, episode_length
 from shared_core import InputError, files
+from shared_core.files import make_folder
 
 Reading = Literal["policy", "random", "greedy-static", "greedy-adaptive", "exhaustive"]
 
@@ -180,7 +180,7 @@ class RLogist:
                 "ppo": asdict(ppo),
                 "bags": _digest([*bags, *validation]),
             },
-            folder=None if folder is None else output_folder(folder),
+            folder=None if folder is None else make_folder(folder),
             resume=resume,
             on_epoch=on_epoch,
         )
@@ -235,7 +235,7 @@ class RLogist:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors` to a folder, which is made."""
         networks = self._trained_networks()
-        target = output_folder(folder)
+        target = make_folder(folder)
         with files.atomic_path(target / "model.safetensors") as temporary:
             save_file({key: value.contiguous() for key, value in networks.state_dict().items()}, temporary)
         files.write_json(target / "config.json", self._config())

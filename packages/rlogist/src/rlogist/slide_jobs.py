@@ -13,12 +13,13 @@ from PIL import Image
 from rlogist.extractors import Extractor, load_extractor
 from rlogist.features import extract_features, read_features
 from rlogist.geojson import region_features, tissue_features, write_geojson
-from rlogist.layouts import find_slides, output_folder
+from rlogist.layouts import find_slides
 from rlogist.overlay import draw_outlines
 from rlogist.parallel import Done, run_all
 from rlogist.slides import OneLevelWarning, Slide
 from rlogist.tissue import Segmentation
 from shared_core import InputError, files
+from shared_core.files import make_folder
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def segment_slide(job: Job) -> dict[str, object]:
             "messages": slide.messages,
             "ledger": slide.ledger.to_dict(),
         }
-    output_folder(job.out.parent)
+    make_folder(job.out.parent)
     features = tissue_features(tissue.contours) + region_features(regions)
     write_geojson(job.out.with_name(job.out.name + ".geojson"), features)
     with files.atomic_path(job.out.with_name(job.out.name + ".png")) as temporary:
@@ -127,7 +128,7 @@ def extract_slide(job: Job) -> dict[str, object]:
     with job.opening.open(job.slide) as slide:
         if target.exists() and _made_alike(target, slide, extractor, job.encoding.deep):
             return {"status": "kept", "regions": len(slide.regions), "messages": []}
-        output_folder(job.out.parent)
+        make_folder(job.out.parent)
         found = extract_features(slide, extractor, target, deep=job.encoding.deep)
         return {
             "status": "done" if slide.tissue else "no tissue",
@@ -184,7 +185,7 @@ def run_folder(
         InputError: No slides, or `out` cannot be written to. Faults of single slides are in the result.
     """
     paths = find_slides(slides)
-    output_folder(out)
+    make_folder(out)
     root = slides if slides.is_dir() else slides.parent
     names = [path.relative_to(root).with_suffix("") for path in paths]
     if len(set(names)) < len(names):  # a.svs beside a.tif

@@ -13,19 +13,28 @@ def peak_memory_bytes() -> int:
     """Greatest resident memory so far of this process or of its largest finished child (Linux and macOS)."""
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    own = _linux_peak_kib() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * unit
+    return max(own_peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _unit())
 
 
-def _linux_peak_kib() -> int | None:
-    """The process's own peak: Linux's ru_maxrss begins at the size of the process that started it."""
-    try:
+def own_peak_bytes() -> int:
+    """Greatest resident memory of this process alone, so far or since `reset_own_peak`."""
+    import resource
+
+    # Linux's ru_maxrss begins at the size of the process that started this one.
+    with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
-    return int(peak[1]) if peak else None
+        if peak := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return int(peak[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _unit()
+
+
+def reset_own_peak() -> None:
+    """Set the peak of this process back to what is resident now; Linux alone has a way to."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _unit() -> int:
+    return 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
 
 
 def versions(package: str, names: Sequence[str] | None = None) -> dict[str, str]:
