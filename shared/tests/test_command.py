@@ -38,7 +38,8 @@ def work(what: str, bits: int = 4):
         case "abort": raise typer.Abort()
 
 @app.command()
-def other(): pass
+def other(out: Path = typer.Option(None, callback=shared_core.command.file_to_write(".txt", ".md"))):
+    print("at work")
 
 shared_core.command.run(app)
 """
@@ -54,6 +55,15 @@ def app(tmp_path):
 def ended(app: list[str], *arguments: str) -> tuple[int, str, str]:
     done = subprocess.run([*app, *arguments], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(app, tmp_path):
+    assert ended(app, "other") == (0, "at work\n", "")
+    assert ended(app, "other", "--out", str(tmp_path / "a.md")) == (0, "at work\n", "")
+    for name, said in (("no/a.txt", "there is no folder"), ("a.png", "ends in .txt or .md, got")):
+        code, out, error = ended(app, "other", "--out", str(tmp_path / name))
+        assert (code, out) == (2, "")
+        assert said in error
 
 
 def test_a_command_that_ends_exits_0(app):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_core import InputError
-from shared_core.files import atomic_path, write_bytes, write_json, write_text
+from shared_core.files import atomic_path, check_writable, write_bytes, write_json, write_text
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -144,6 +144,16 @@ def test_bad_places_are_input_errors_that_name_the_target(tmp_path):
         write_text(tmp_path / "file" / "a.txt", "")
     with pytest.raises(InputError, match="is a folder, expected the name of a file"):
         write_text(tmp_path, "")
+
+
+def test_what_cannot_be_written_is_told_beforehand_and_nothing_is_left(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "missing" / "a.txt", tmp_path / "file" / "a.txt", tmp_path):
+        with pytest.raises(InputError, match=r"no folder|not a folder|is a folder"):
+            check_writable(place)
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new.txt")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
 
 
 def test_an_unwritable_folder_is_an_input_error(tmp_path):

@@ -1,10 +1,13 @@
-"""One test for all commands: help, wrong options, an output that cannot be written, Ctrl-C, a kill.
+"""One test for all commands: help, a tiny run, wrong input, an output that cannot be written, Ctrl-C, a kill.
 
 What its work comes to, each package tests itself; this is what who knows one command may expect of the next.
 """
 
 import contextlib
+import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,10 +25,33 @@ BEGUN = 5.0
 """Seconds in which most commands have come to their work; Ctrl-C and a kill have to be safe before it too."""
 
 
-def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+TINY = {
+    "asymaffinity": "train --data images/train.json --images images/train --affinity color --backbone small "
+    "--steps 2 --batch-size 2 --out out/run",
+    "csq": "train --model csq/resnet8 --data images --image-size 32 --epochs 1 --batch-size 4 --out out/run",
+    "isocse": "measure bert --data text.txt --out out/run",
+    "kdcicam": "train-teacher --role cls --backbone timm/test_resnet --data images --image-size 32 "
+    "--epochs 1 --batch-size 4 --out out/run",
+    "lead-kd": "encode --data beir --model bert --out out/run",
+    "migperf": "sweep --device sim:a100-40gb --geometry 3g.20gb,2g.10gb --workload torchvision/resnet18 "
+    "--duration 0.2 --repeats 1 --out out/run",
+    "relattn": "explain text.txt --model bart --control moon --out out/run.html",
+    "repqvit": "quantize --model timm/test_vit --random --num-classes 2 --image-size 32 --images images "
+    "--count 4 --out out/run.safetensors",
+    "rlogist": "demo-slides --slides 1 --slides-per-patient 1 --size 1024 --out out/run",
+    "smm-dp": "aggregate vectors.npy --epsilon 3 --delta 1e-5 --scale 16 --out out/run",
+}
+"""A small piece of each command's own work on what `tiny_inputs` writes."""
+INPUTS = ("images/train.json", "images", "beir", "text.txt", "vectors.npy")
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}(\..*)?")
+
+
+def run(command: str, *arguments: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [BIN / command, *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+        [BIN / command, *arguments], capture_output=True, text=True, timeout=120, check=False, cwd=where,
+        env=offline,
+    )  # fmt: skip
 
 
 def errors(stderr: str) -> list[str]:
@@ -53,6 +79,87 @@ def test_bad_input_is_one_line_and_exit_code_2(command: str, arguments: list[str
     assert len(errors(done.stderr)) == 1
     assert "Traceback" not in done.stderr
     assert "Traceback" in run(command, "--debug", *arguments).stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    made = [sys.executable, "-m", "tools.tests.tiny_inputs", str(folder)]  # apart: transformers' warnings
+    subprocess.run(made, cwd=workspace.ROOT, check=True, capture_output=True)
+    (folder / "out").mkdir()
+    (folder / ".cache").symlink_to(workspace.ROOT / ".cache")  # wheels with embedded data
+    return folder
+
+
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tiny_run_writes_below_out_alone_and_wrong_paths_are_told_before_the_work(
+    command: str, place: Path
+) -> None:
+    arguments = shlex.split(TINY[command])
+    at = arguments.index("--out") + 1
+    arguments[at] = arguments[at].replace("run", command)
+    before = files(place)
+    done = run(command, *arguments, where=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert not errors(done.stderr)
+    assert "Traceback" not in done.stderr
+    written = files(place) - before
+    assert written
+    assert {path.relative_to(place).parts[0] for path in written} == {"out"}
+    assert not [path for path in written if TEMPORARY.fullmatch(path.name)], "a temporary file is left"
+
+    given = next((number for number, argument in enumerate(arguments) if argument in INPUTS), None)
+    wrong = {"text.txt": {at: f"text.txt/{command}"}}
+    if given is not None:
+        wrong["not-there"] = {given: "not-there/nor-here", at: "out/not-made"}
+    for named, changes in wrong.items():
+        changed = [changes.get(number, argument) for number, argument in enumerate(arguments)]
+        refused = run(command, *changed, where=place)
+        assert refused.returncode == 2, refused.stderr
+        assert not refused.stdout, "the work was done before the path was looked at"
+        (line,) = errors(refused.stderr)
+        assert named in line
+    assert files(place) - before == written
+
+
+SAME = {
+    "--out": ("path", "file", "directory"),
+    "--seed": ("integer range", "integer"),
+    "--quick": ("boolean",),
+    "--resume": ("boolean",),
+    "--device": ("text",),
+}
+"""The options that mean the same in every command, and what they may take."""
+OPTIONS = """
+import importlib, json, sys, typer.main
+app = importlib.import_module(sys.argv[1] + ".cli").app
+print(json.dumps([
+    [name, option, parameter.type.name, getattr(parameter, "help", None)]
+    for name, command in typer.main.get_command(app).commands.items()
+    for parameter in command.params
+    for option in parameter.opts
+]))
+"""
+
+
+@pytest.mark.parametrize("member", workspace.packages(), ids=lambda member: member.name)
+def test_the_same_options_mean_the_same(member: workspace.Member) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OPTIONS, member.import_name], capture_output=True, text=True, check=True
+    )
+    options = json.loads(done.stdout.splitlines()[-1])
+    for name, option, kind, text in options:
+        assert kind in SAME.get(option, (kind,)), (name, option, kind)
+        if option in SAME:
+            assert text, f"{name} {option} has no help"
+    proofs = {option: kind for name, option, kind, *_ in options if name == "prove"}
+    assert {"--out", "--seeds", "--quick"} <= set(proofs)
+    assert proofs["--seeds"].startswith("integer")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

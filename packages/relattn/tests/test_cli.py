@@ -107,7 +107,7 @@ def test_explain_writes_a_page_and_numbers(folder, article, tmp_path, capsys):
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert len(numbers["sentences"]) == 2
     assert run("explain", "--model", folder, "--control", "music", article, "--out", tmp_path / "x.pdf") == 2
-    assert "--out: expected a file name that ends in .html or .json" in capsys.readouterr().err
+    assert "'--out': expected a file name that ends in .html or .json" in capsys.readouterr().err
 
 
 def test_eval_scores_resumes_and_refuses_to_mix(folder, data, tmp_path, capsys):

@@ -1,16 +1,19 @@
 """How every command ends: one line and exit code 2 for bad input, a traceback and 70 for a fault of ours."""
 
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import typer.main
 
 from shared_core.errors import InputError
+from shared_core.files import check_writable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +24,30 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # Newer typer releases carry a click of their own, so the class is taken from typer and not from click.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def folder_to_write(value: Path | None) -> Path | None:
+    """Be the callback of an option that names a folder: one that cannot be made is told before the work.
+
+    Nothing is made here: other options may be wrong.
+    """
+    if value is not None:
+        nearest = next(place for place in (value, *value.absolute().parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(
+                f"cannot be written: {nearest} is not a folder that one may write to", file=value
+            )
+    return value
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
+"""`--device`, whose default is auto; for `usable_device`."""
+ProofFolder = Annotated[
+    Path, typer.Option(help="Folder for proof.json and pictures.", callback=folder_to_write)
+]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds: 0 to N-1.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A shortened run: shows that all works, not the claim.")]
+"""`--out`, `--seeds` and `--quick` of `prove`."""
 
 # Errors that a wrong path from the command line gives.
 _PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -99,6 +126,24 @@ def _fail(message: str, debug: bool, code: int = BAD_INPUT) -> NoReturn:
 def _crash() -> NoReturn:
     traceback.print_exc()
     sys.exit(INTERNAL_FAULT)
+
+
+def file_to_write(*suffixes: str) -> Callable[[Path | None], Path | None]:
+    """Return a callback for an option that names a file to write: what cannot be is told before the work.
+
+    Args:
+        suffixes: The ends that its name may have (".onnx"); any where none are given.
+    """
+
+    def check(value: Path | None) -> Path | None:
+        if value is not None:
+            if suffixes and value.suffix not in suffixes:
+                ends = " or ".join(suffixes)
+                raise typer.BadParameter(f"expected a file name that ends in {ends}, got {value}")
+            check_writable(value)
+        return value
+
+    return check
 
 
 @contextmanager

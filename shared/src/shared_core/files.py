@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from shared_core.errors import InputError
 
 
@@ -35,6 +33,21 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     ...     Path(folder, "a.txt").read_text()
     'whole'
     """
+    final, temporary = _begin(target)
+    try:
+        mode = (final if final.exists() else temporary).stat().st_mode & 0o7777
+        yield temporary
+        temporary.chmod(mode)  # the block may have replaced the file by one of its own making
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _begin(target: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The file that will be written, and the temporary one beside it, which is there now."""
     final = Path(os.path.realpath(target))
     if final.is_dir():
         raise InputError("is a folder, expected the name of a file", file=target)
@@ -48,16 +61,12 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise InputError(f"cannot be written: {final.parent} is not a folder", file=target) from error
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror} in {final.parent}", file=target) from error
-    try:
-        mode = (final if final.exists() else temporary).stat().st_mode & 0o7777
-        yield temporary
-        temporary.chmod(mode)  # the block may have replaced the file by one of its own making
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    return final, temporary
+
+
+def check_writable(target: str | os.PathLike[str]) -> None:
+    """Raise before long work what `atomic_path` would raise after it; nothing is left behind."""
+    _begin(target)[1].unlink()
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -102,12 +111,16 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
 
 
 def _plain(obj: object) -> object:
+    import numpy as np  # here: a command that only says what is wrong does without
+
     if isinstance(obj, np.ndarray | np.generic):
         return obj.tolist()
     raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
 
 
 def _not_finite(obj: object, place: str) -> Iterator[str]:
+    import numpy as np
+
     if isinstance(obj, np.ndarray | np.generic):
         obj = obj.tolist()
     if isinstance(obj, float) and not math.isfinite(obj):

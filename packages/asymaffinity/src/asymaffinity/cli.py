@@ -13,7 +13,7 @@ import typer
 
 from asymaffinity.settings import AFFINITIES, Settings, parsed
 from shared_core import InputError, command, files
-from shared_core.files import make_folder
+from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, folder_to_write
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -52,9 +52,10 @@ DepthKind = Annotated[
     str | None,
     typer.Option(help="What their numbers mean: kitti, cityscapes, metres, disparity, inverse_depth, ..."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the run.", file_okay=False)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.", dir_okay=False)]
+Out = Annotated[Path, typer.Option(help="Folder of the run.", callback=folder_to_write)]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the numbers to this file.", callback=file_to_write())
+]
 
 
 @app.command()
@@ -83,7 +84,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")] = None,
     mixed_precision: Annotated[
         str | None, typer.Option(help="no, fp16 or bf16.", callback=_one_of("no", "fp16", "bf16"))
     ] = None,
@@ -180,7 +181,9 @@ def evaluate(
 def predict(
     model: Annotated[Path, typer.Argument(help="Folder of a trained model.", exists=True)],
     images: Annotated[Path, typer.Argument(help="An image, or a folder of images.", exists=True)],
-    out: Annotated[Path, typer.Option(help="Folder of predictions.json and the pictures.", file_okay=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder of predictions.json and the pictures.", callback=folder_to_write)
+    ],
     score: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.3,
     device: Device = "auto",
 ) -> None:
@@ -226,7 +229,9 @@ def predict(
 def pseudo(
     model: Annotated[Path, typer.Argument(help="Folder of a trained model.", exists=True)],
     data: Annotated[Path, typer.Option(help="A COCO JSON file with boxes.", dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="COCO file to write, with masks.", dir_okay=False)],
+    out: Annotated[
+        Path, typer.Option(help="COCO file to write, with masks.", callback=file_to_write(".json"))
+    ],
     images: ImagesOption = None,
     iou: Annotated[float, typer.Option(min=0, max=1, help="Least overlap of a detection with a box.")] = 0.5,
     device: Device = "auto",
@@ -249,7 +254,7 @@ def pseudo(
 @app.command()
 def edges(
     image: Annotated[Path, typer.Argument(help="An image.", exists=True, dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the pictures.", file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.", callback=folder_to_write)],
     depth: Annotated[Path | None, typer.Option(help="Its depth map.", exists=True, dir_okay=False)] = None,
     depth_kind: DepthKind = None,
     settings: Annotated[
@@ -326,14 +331,11 @@ def diagnose(
 
 @app.command()
 def prove(
-    out: Annotated[Path, typer.Option(help="Folder of proof.json and the pictures.")] = Path(
-        "runs/asymaffinity"
-    ),
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the steps, one seed.")] = False,
+    out: ProofFolder = Path("runs/asymaffinity"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
 ) -> None:
     """Train symmetric and asymmetric losses from boxes alone on scenes of real pictures, and judge."""
-    make_folder(out)  # what cannot be written is told before anything large is imported
     with command.warnings_in_one_line():
         from asymaffinity.proof import prove as run
 

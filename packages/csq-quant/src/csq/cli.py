@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from csq.cli_models import evaluate, export, harden, inspect
 from csq.cli_train import train
 from shared_core import command
-from shared_core.files import make_folder
+from shared_core.command import ProofFolder, Quick, Seeds
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -31,14 +30,11 @@ def main() -> None:
 
 @app.command()
 def prove(
-    out: Annotated[Path, typer.Option(help="Folder for proof.json and pictures.", file_okay=False)] = Path(
-        "runs/csq-quant"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of images and weights.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller run that shows the machinery.")] = False,
+    out: ProofFolder = Path("runs/csq-quant"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
 ) -> None:
     """Show on embedded data whether the paper's claims hold; exit code 0 where they do, 1 where not."""
-    make_folder(out)  # what cannot be written is told before anything large is imported
     from csq.proof import prove as run_proof
 
     raise typer.Exit(run_proof(out, seeds, quick))

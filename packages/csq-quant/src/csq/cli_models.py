@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from csq.cli_options import Data, Device, JsonFile, RunOrFile, one_of, percent, suffix_of
+from csq.cli_options import Data, JsonFile, RunOrFile, one_of, percent
 from shared_core import InputError, command, files
+from shared_core.command import Device, file_to_write
 
 if TYPE_CHECKING:
     import csq.runs
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def harden(
     run: Annotated[Path, typer.Argument(help="Folder of `csq train`.", exists=True, file_okay=False)],
     out: Annotated[
-        Path, typer.Option(help="File to write, .safetensors.", callback=suffix_of(".safetensors"))
+        Path, typer.Option(help="File to write, .safetensors.", callback=file_to_write(".safetensors"))
     ],
     data: Data = None,
     no_data: Annotated[
@@ -71,7 +72,7 @@ def _save_float(model: Any, out: Path) -> None:
 def inspect(
     path: RunOrFile,
     png: Annotated[
-        Path | None, typer.Option(help="Picture to write.", callback=suffix_of(".png", ".svg", ".pdf"))
+        Path | None, typer.Option(help="Picture to write.", callback=file_to_write(".png", ".svg", ".pdf"))
     ] = None,
     json: JsonFile = None,
 ) -> None:
@@ -110,7 +111,7 @@ def _no_float(run: csq.runs.TrainingRun) -> None:
 
 def export(
     path: Annotated[Path, typer.Argument(help="File of `csq harden`.", exists=True, dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="File to write, .onnx.", callback=suffix_of(".onnx"))],
+    out: Annotated[Path, typer.Option(help="File to write, .onnx.", callback=file_to_write(".onnx"))],
     opset: Annotated[int, typer.Option(help="18 to 23; 4-bit weights need 21.")] = 21,
     wide: Annotated[
         str,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from csq.settings import MethodName, Settings
+from shared_core.command import file_to_write
 
 METHODS = get_args(MethodName)
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -48,19 +49,6 @@ def numbers(value: str | None) -> str | None:
     return value
 
 
-def suffix_of(*suffixes: str) -> Any:
-    """Check how a file's name ends."""
-
-    def check(value: Path | None) -> Path | None:
-        if value is not None and value.suffix not in suffixes:
-            raise typer.BadParameter(
-                f"expected a file name that ends in {' or '.join(suffixes)}, got {value}"
-            )
-        return value
-
-    return check
-
-
 def setting(name: str, help_: str, known: tuple[str, ...] = (), **more: Any) -> Any:
     """An option whose default is that of `Settings`: None says that it was not given."""
     if known:
@@ -68,7 +56,6 @@ def setting(name: str, help_: str, known: tuple[str, ...] = (), **more: Any) -> 
     return typer.Option(help=help_, show_default=str(DEFAULTS[name]), **more)
 
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -77,7 +64,7 @@ Data = Annotated[
     ),
 ]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write the numbers to this file, too.", dir_okay=False)
+    Path | None, typer.Option("--json", help="Write the numbers to this file, too.", callback=file_to_write())
 ]
 RunOrFile = Annotated[
     Path, typer.Argument(help="Folder of `csq train`, or a file of `csq harden`.", exists=True)

@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from csq.cli_options import DEFAULTS, METHODS, Data, Device, model_name, numbers, percent, setting
+from csq.cli_options import DEFAULTS, METHODS, Data, model_name, numbers, percent, setting
 from csq.settings import Settings
 from shared_core import InputError, command, files
+from shared_core.command import Device, folder_to_write
 
 if TYPE_CHECKING:
     import csq.data
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run.", file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the run.", callback=folder_to_write)],
     model: Annotated[
         str | None,
         typer.Option(

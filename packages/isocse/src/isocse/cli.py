@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from shared_core import InputError, command, files
-from shared_core.files import make_folder
+from shared_core.command import Device, ProofFolder, Quick, folder_to_write
 
 if TYPE_CHECKING:
     from isocse.report import GeometryReport
@@ -38,16 +38,6 @@ def main() -> None:
     command.run(app)
 
 
-def _usable(folder: Path) -> Path:
-    """The folder, if it can be made: this is told before long work."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise typer.BadParameter(
-            f"{folder} cannot be written: {nearest} is not a folder that one may write to"
-        )
-    return folder
-
-
 def _one_of(*allowed: str) -> Any:
     def check(value: Any) -> Any:
         for item in value if isinstance(value, list) else [value]:
@@ -67,9 +57,7 @@ def _above_zero(value: Any) -> Any:
 
 Model = Annotated[str, typer.Argument(help="Model folder, or a name that transformers knows.")]
 Data = Annotated[Path, typer.Option(help="Text file, one sentence a line.", exists=True, dir_okay=False)]
-Out = Annotated[
-    Path, typer.Option(help="Folder for the results.", file_okay=False, callback=lambda value: _usable(value))
-]
+Out = Annotated[Path, typer.Option(help="Folder for the results.", callback=folder_to_write)]
 PoolingOption = Annotated[
     str | None,
     typer.Option(
@@ -106,7 +94,6 @@ Treat = Annotated[
 ]
 MaxLength = Annotated[int | None, typer.Option(min=3, help="Longest input in tokens.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Token positions of a batch.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
 Limit = Annotated[int | None, typer.Option(min=2, help="Only the first sentences.")]
 PairsFile = Annotated[
     Path | None, typer.Option(help="Positive pairs for alignment (.csv, .tsv, .jsonl).", exists=True)
@@ -381,12 +368,11 @@ def report(
 
 @app.command()
 def prove(
-    out: Out = Path("runs/isocse"),
+    out: ProofFolder = Path("runs/isocse"),
     seeds: Annotated[int, typer.Option(min=2, help="Seeds of each training run.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A shortened run.")] = False,
+    quick: Quick = False,
 ) -> None:
     """Check the paper's findings on a real encoder, and on one that is tuned here."""
-    make_folder(out)  # what cannot be written is told before anything large is imported
     from isocse import proof
 
     raise typer.Exit(proof.prove(out, seeds=seeds, quick=quick))

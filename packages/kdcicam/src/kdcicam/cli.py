@@ -13,7 +13,7 @@ import typer
 
 from kdcicam.settings import PRESETS, TEACHER_ROLES, Settings, parsed, settings_from
 from shared_core import InputError, command, files
-from shared_core.files import make_folder
+from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, folder_to_write
 
 if TYPE_CHECKING:
     pass
@@ -52,7 +52,7 @@ def _threshold(value: str) -> str:
     return value
 
 
-Out = Annotated[Path, typer.Option(help="Folder of the run.", file_okay=False)]
+Out = Annotated[Path, typer.Option(help="Folder of the run.", callback=folder_to_write)]
 Data = Annotated[
     Path,
     typer.Option(
@@ -73,7 +73,7 @@ Epochs = Annotated[int | None, typer.Option(min=1)]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes together.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate of the classifier.")]
 ImageSize = Annotated[int | None, typer.Option(min=8, help="Side of the images.")]
-Seed = Annotated[int | None, typer.Option(min=0)]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting; may be repeated.")
 ]
@@ -83,9 +83,10 @@ Precision = Annotated[
 OnError = Annotated[
     str, typer.Option(help="Unreadable images: raise, or skip and count.", callback=_one_of("raise", "skip"))
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, where there is one.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.", dir_okay=False)]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the numbers to this file.", callback=file_to_write())
+]
 ProtocolOption = Annotated[
     str,
     typer.Option(
@@ -404,7 +405,7 @@ def _show(rows: list[dict[str, Any]], json: Path | None) -> None:
 def localize(
     model: Annotated[Path, typer.Argument(help="Folder of a trained model.", exists=True)],
     paths: Annotated[list[Path], typer.Argument(metavar="IMG...", help="Images, or folders of images.")],
-    out: Annotated[Path, typer.Option(help="Folder for boxes.json and overlays.", file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Folder for boxes.json and overlays.", callback=folder_to_write)],
     thr: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the map's maximum.")] = 0.14,
     topk: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
     mode: Annotated[
@@ -447,15 +448,12 @@ def localize(
 
 @app.command()
 def prove(
-    out: Annotated[Path, typer.Option(help="Folder for proof.json and pictures.", file_okay=False)] = Path(
-        "runs/kdcicam"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N-1.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A shortened run, of one seed.")] = False,
+    out: ProofFolder = Path("runs/kdcicam"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> int:
     """Compare the student of two teachers with all baselines on composed images with a confounder."""
-    make_folder(out)  # what cannot be written is told before anything large is imported
     with command.warnings_in_one_line():
         from kdcicam.proof import run_proof
 

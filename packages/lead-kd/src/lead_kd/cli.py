@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from shared_core import InputError, command, files
-from shared_core.files import make_folder
+from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, folder_to_write
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -90,7 +90,6 @@ SkipMissing = Annotated[
     bool,
     typer.Option("--skip-missing", help="Leave judgements of missing passages out, in place of failing."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
 QueryLength = Annotated[
     int | None, typer.Option(min=4, help="Longest query in tokens; the model's own limit.")
 ]
@@ -126,7 +125,7 @@ def _load(data: Path, split: str, layout: Layout, skip_missing: bool) -> Any:
 @app.command()
 def mine(
     data: Data,
-    out: Annotated[Path, typer.Option(help="File for the negatives (.jsonl).")],
+    out: Annotated[Path, typer.Option(help="File for the negatives (.jsonl).", callback=file_to_write())],
     model: Annotated[
         str | None, typer.Option(help="Retriever whose mistakes are taken; BM25 if not given.")
     ] = None,
@@ -187,7 +186,9 @@ def train(
     student: Annotated[
         str, typer.Option(help="Student: a sentence-transformers or transformers folder or name.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for student, checkpoint and history.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for student, checkpoint and history.", callback=folder_to_write)
+    ],
     teacher: Annotated[
         str | None, typer.Option(help="Teacher; may be left out for --objective none.")
     ] = None,
@@ -331,7 +332,7 @@ def _layers(text: str | None) -> list[int] | None:
 def encode(
     data: Data,
     model: Annotated[str, typer.Option(help="The retriever.")],
-    out: Annotated[Path, typer.Option(help="Folder for the vectors.")],
+    out: Annotated[Path, typer.Option(help="Folder for the vectors.", callback=folder_to_write)],
     format: Format = Layout.AUTO,
     shard: Annotated[int, typer.Option(min=0, help="Which part to encode, from 0.")] = 0,
     shards: Annotated[
@@ -364,7 +365,9 @@ def encode(
 def search(
     model: Annotated[str, typer.Option(help="The retriever that made the vectors; encodes the queries.")],
     embeddings: Annotated[Path, typer.Option(help="Folder that `encode` made.")],
-    out: Annotated[Path, typer.Option(help="File for the run, as trec_eval reads it.")],
+    out: Annotated[
+        Path, typer.Option(help="File for the run, as trec_eval reads it.", callback=file_to_write())
+    ],
     data: Annotated[Path | None, typer.Option(help="Folder of data: its queries with judgements.")] = None,
     queries: Annotated[
         Path | None, typer.Option(help="Any queries, in place of --data: queries.jsonl, or id, tab, text.")
@@ -450,7 +453,8 @@ def evaluate(
         int, typer.Option(min=1, help="Least grade that is relevant; 2 for TREC DL passages.")
     ] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="File for every query's values and the tests (.json).")
+        Path | None,
+        typer.Option(help="File for every query's values and the tests (.json).", callback=file_to_write()),
     ] = None,
     seed: Seed = 0,
 ) -> None:
@@ -488,12 +492,11 @@ def evaluate(
 
 @app.command()
 def prove(
-    out: Annotated[Path, typer.Option(help="Folder for proof.json and pictures.")] = Path("runs/lead-kd"),
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A short run that shows less.")] = False,
+    out: ProofFolder = Path("runs/lead-kd"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
 ) -> int:
     """Distill MiniLM into its first layers on Wikipedia's texts, by LEAD and by its rivals."""
-    make_folder(out)  # what cannot be written is told before anything large is imported
     from lead_kd.proof import run_proof
 
     with command.warnings_in_one_line():

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shared_core import InputError
-from shared_core.command import print_table, run
-from shared_core.files import make_folder
+from shared_core.command import ProofFolder, Quick, Seeds, file_to_write, folder_to_write, print_table, run
 
 if TYPE_CHECKING:
     from migperf.backends import Backend
@@ -58,7 +57,12 @@ DEVICE_HELP = "nvml:0 (MIG), cuda:0 (a GPU without MIG), cpu, sim:a100-40gb, or 
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Consent = Annotated[bool, typer.Option(help="MIG mode may be turned on and off")]
 Wanted = Annotated[str, typer.Argument(help='such as "3g.20gb@4,2g,1g*2"; starts may be left out')]
-Out = Annotated[Path, typer.Option(help="folder of records; finished cells in it are not measured again")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="folder of records; finished cells in it are not measured again", callback=folder_to_write
+    ),
+]
 Seconds = Annotated[float, typer.Option(help="of each measured window")]
 Repeats = Annotated[int, typer.Option(help="how often each cell is measured")]
 Seed = Annotated[int, typer.Option(help="of the order of cells and of arrivals")]
@@ -372,7 +376,7 @@ def share(
     duration: Seconds = 10.0,
     repeats: Repeats = 3,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="folder for records")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for records", callback=folder_to_write)] = None,
     allow_mode_change: Consent = False,
 ) -> None:
     """Measure the ways to share a device: partition, time slices, MPS, unpinned with both thread settings."""
@@ -435,7 +439,9 @@ def recommend(
     duration: Seconds = 10.0,
     repeats: Repeats = 3,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="folder for the records of --confirm")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the records of --confirm", callback=folder_to_write)
+    ] = None,
     allow_mode_change: Consent = False,
 ) -> None:
     """Say which partition is best for a mix of jobs, exactly; exit 4 where none carries them all."""
@@ -467,11 +473,16 @@ def recommend(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="with records.jsonl")],
-    out: Annotated[Path, typer.Option(help="the page; of simulated records: ....simulated.html")] = Path(
-        "report.html"
-    ),
-    csv: Annotated[Path | None, typer.Option(help="also a table with one line a record")] = None,
-    prometheus: Annotated[Path | None, typer.Option(help="also a page for Prometheus")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="the page; of simulated records: ....simulated.html", callback=file_to_write()),
+    ] = Path("report.html"),
+    csv: Annotated[
+        Path | None, typer.Option(help="also a table with one line a record", callback=file_to_write())
+    ] = None,
+    prometheus: Annotated[
+        Path | None, typer.Option(help="also a page for Prometheus", callback=file_to_write())
+    ] = None,
     mixed: Annotated[bool, typer.Option(help="real and simulated records on one page")] = False,
 ) -> None:
     """Write one self-contained page with tables and plots of what was measured."""
@@ -491,7 +502,7 @@ def report(
 @app.command("import-official")
 def import_official(
     paths: Annotated[list[Path], typer.Argument(help="result files of the official project, or folders")],
-    out: Annotated[Path, typer.Option(help="folder for records")],
+    out: Annotated[Path, typer.Option(help="folder for records", callback=folder_to_write)],
 ) -> None:
     """Read the official project's JSON results as records."""
     from migperf.official import import_official as read
@@ -505,14 +516,11 @@ def import_official(
 
 @app.command()
 def prove(
-    out: Annotated[Path, typer.Option(help="folder for proof.json and pictures")] = Path("runs/migperf"),
-    seeds: Annotated[int, typer.Option(help="number of repeats of each measurement")] = 3,
-    quick: Annotated[bool, typer.Option(help="shortened run")] = False,
+    out: ProofFolder = Path("runs/migperf"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
 ) -> None:
     """Prove the method's claims on this machine; exit 0 where they hold, 1 where not."""
-    if seeds < 1:
-        raise InputError("expected at least 1", field="--seeds", value=seeds)
-    make_folder(out)  # what cannot be written is told before anything large is imported
     from migperf.proof import run_proof
 
     raise typer.Exit(run_proof(out, range(seeds), quick))

@@ -20,7 +20,6 @@ from relattn.cli_options import (
     Coarse,
     Control,
     Data,
-    Device,
     Document,
     Format,
     MaxSource,
@@ -39,7 +38,7 @@ from relattn.cli_options import (
     share,
 )
 from shared_core import InputError, command, files
-from shared_core.files import make_folder
+from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, folder_to_write
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -80,7 +79,10 @@ def summarize(
     source_prefix: SourcePrefix = "",
     coarse: Coarse = 1,
     device: Device = "auto",
-    out: Annotated[Path | None, typer.Option(help="Write the summary and its reasons as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the summary and its reasons as JSON.", callback=file_to_write()),
+    ] = None,
 ) -> None:
     """Summarize a text about what the reader asks for."""
     if coarse > 1 and weight != "online":
@@ -113,11 +115,14 @@ def explain(
     source_prefix: SourcePrefix = "",
     device: Device = "auto",
     summary: Annotated[bool, typer.Option("--summary", help="Summarize, too.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write a page (.html) or numbers (.json), too.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page (.html) or numbers (.json), too.", callback=file_to_write(".html", ".json")
+        ),
+    ] = None,
 ) -> None:
     """Show which parts of a text are relevant to what the reader asks for."""
-    if out is not None and out.suffix not in (".html", ".json"):
-        raise InputError("expected a file name that ends in .html or .json", field="--out", value=str(out))
     if weight is not None and not summary:
         raise InputError("changes the summary alone: give --summary, too", field="--weight", value=weight)
     text = cli_inputs.read_text(document)
@@ -141,7 +146,9 @@ def explain(
 @app.command("eval")
 def evaluate(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and metrics.json.", file_okay=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.jsonl and metrics.json.", callback=folder_to_write)
+    ],
     data: Data = None,
     format: Format = "jsonl",
     split: Split = "test",
@@ -267,7 +274,7 @@ def evaluate(
 @app.command()
 def fewshot(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the module (and model).", file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the module (and model).", callback=folder_to_write)],
     data: Data = None,
     format: Format = "jsonl",
     split: Split = "train",
@@ -346,14 +353,11 @@ def fewshot(
 
 @app.command()
 def prove(
-    out: Annotated[Path, typer.Option(help="Folder for proof.json and pictures.", file_okay=False)] = Path(
-        "runs/relattn"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of training.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller run that takes seconds.")] = False,
+    out: ProofFolder = Path("runs/relattn"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
 ) -> None:
     """Show on embedded data whether the paper's claim holds; exit code 0 where it does, 1 where not."""
-    make_folder(out)  # what cannot be written is told before anything large is imported
     from relattn.proof import prove as run_proof
 
     raise typer.Exit(run_proof(out, seeds, quick))

@@ -81,7 +81,6 @@ Temperature = Annotated[
 Module = Annotated[
     Path | None, typer.Option(help="Trained module, from `fewshot`.", exists=True, file_okay=False)
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
 Beams = Annotated[int | None, typer.Option(min=1, help="Beams; the model's own if not given, else 4.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest summary, in tokens.")]
 MinTokens = Annotated[int | None, typer.Option(min=0, help="Shortest summary, in tokens.")]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared_core import InputError, command, files
-from shared_core.files import make_folder
+from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write
 
 if TYPE_CHECKING:
     import repqvit.quantized
@@ -77,15 +77,6 @@ def _numbers(value: str | None) -> str | None:
     return value
 
 
-def _suffix(suffix: str) -> Any:
-    def check(value: Path) -> Path:
-        if value.suffix != suffix:
-            raise typer.BadParameter(f"expected a file name that ends in {suffix}, got {value}")
-        return value
-
-    return check
-
-
 ModelName = Annotated[
     str,
     typer.Option(
@@ -116,10 +107,9 @@ Std = Annotated[
 Weights = Annotated[
     Path, typer.Option(help="Quantized weights, from `quantize`.", exists=True, dir_okay=False)
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Write the numbers to this file, too.", dir_okay=False)
+    Path | None, typer.Option("--json", help="Write the numbers to this file, too.", callback=file_to_write())
 ]
 
 
@@ -127,7 +117,9 @@ Json = Annotated[
 def quantize(
     model: ModelName,
     images: Images,
-    out: Annotated[Path, typer.Option(help="File to write, .safetensors.", callback=_suffix(".safetensors"))],
+    out: Annotated[
+        Path, typer.Option(help="File to write, .safetensors.", callback=file_to_write(".safetensors"))
+    ],
     count: Annotated[int, typer.Option(min=1, help="Calibration images.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Which of the images.")] = 0,
     w_bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of weights.")] = 4,
@@ -302,7 +294,7 @@ def evaluate(
 def export(
     model: ModelName,
     weights: Weights,
-    out: Annotated[Path, typer.Option(help="File to write, .onnx.", callback=_suffix(".onnx"))],
+    out: Annotated[Path, typer.Option(help="File to write, .onnx.", callback=file_to_write(".onnx"))],
     softmax: Annotated[
         str,
         typer.Option(
@@ -437,14 +429,11 @@ def _site_table(quantized: repqvit.quantized.QuantizedModel) -> Table:
 
 @app.command()
 def prove(
-    out: Annotated[Path, typer.Option(help="Folder for proof.json and pictures.", file_okay=False)] = Path(
-        "runs/repqvit"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="Calibration seeds.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller run that takes seconds.")] = False,
+    out: ProofFolder = Path("runs/repqvit"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
 ) -> None:
     """Show on embedded data whether the paper's claim holds; exit code 0 where it does, 1 where not."""
-    make_folder(out)  # what cannot be written is told before anything large is imported
     from repqvit.proof import prove as run_proof
 
     raise typer.Exit(run_proof(out, seeds, quick))

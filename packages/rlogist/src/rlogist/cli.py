@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from rlogist.cli_options import Backend, EncoderOptions, FolderOptions, SlideOptions, with_options
-from shared_core.command import BAD_INPUT, run
+from shared_core.command import (
+    BAD_INPUT,
+    Device,
+    ProofFolder,
+    Quick,
+    Seeds,
+    file_to_write,
+    folder_to_write,
+    run,
+)
 from shared_core.files import make_folder
 
 app = typer.Typer(
@@ -20,7 +29,7 @@ app = typer.Typer(
 # Torch, OpenSlide and all that needs them are imported inside the commands: help answers at once.
 
 Slides = Annotated[Path, typer.Argument(help="a slide, or a folder of slides (searched to any depth)")]
-Out = Annotated[Path, typer.Option(help="folder for results")]
+Out = Annotated[Path, typer.Option(help="folder for results", callback=folder_to_write)]
 
 
 def main() -> None:
@@ -68,7 +77,7 @@ def extract(
 @app.command("labels")
 def label_table(
     root: Annotated[Path, typer.Argument(help="folder of CAMELYON16 or TCGA", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option(help="the .csv file")],
+    out: Annotated[Path, typer.Option(help="the .csv file", callback=file_to_write())],
 ) -> None:
     """Write the label table of CAMELYON16 or of a TCGA download: slide, label, patient, official split."""
     from collections import Counter
@@ -159,7 +168,7 @@ def train(
         float, typer.Option(min=0, max=0.9, help="share of patients, where the table has no split")
     ] = 0.2,
     joint_every: Annotated[int, typer.Option(min=0, help="updates between steps of the classifier")] = 0,
-    device: Annotated[str, typer.Option(help="where networks learn: cpu, cuda, cuda:1, mps, auto")] = "cpu",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0, help="of all randomness")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="scalars to OUT/tensorboard")] = False,
@@ -249,7 +258,9 @@ def evaluate(
     labels: Labels,
     annotations: Annotated[Path | None, typer.Option(help="folder of ASAP XML files, for hits")] = None,
     split: Annotated[list[str] | None, typer.Option(help="only rows of this split; repeatable")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the numbers", callback=file_to_write())
+    ] = None,
 ) -> None:
     """Compare predictions with labels: AUC with a bootstrap interval, accuracy, F1, what was read."""
     from rlogist.agent_jobs import judge
@@ -268,7 +279,12 @@ def evaluate(
 def report(
     slide: Annotated[Path, typer.Argument(help="a slide", exists=True, dir_okay=False)],
     model: Model,
-    out: Annotated[Path, typer.Option(help="the .html file; the GeoJSON is written beside it")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="the .html file; the GeoJSON is written beside it", callback=file_to_write(".html")
+        ),
+    ],
     encoder: EncoderOptions,
     opened: SlideOptions,
     rho: Rho = None,
@@ -290,13 +306,12 @@ def report(
 
 @app.command()
 def prove(
-    out: Out = Path("runs/rlogist"),
-    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 to N-1")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="a shortened run")] = False,
+    out: ProofFolder = Path("runs/rlogist"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
     jobs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
 ) -> int:
     """Generate slide files and compare the agent with every other way to choose regions."""
-    make_folder(out)  # what cannot be written is told before anything large is imported
     from rlogist.proof import run_proof
 
     return run_proof(out, range(1 if quick and seeds == 3 else seeds), quick, jobs)

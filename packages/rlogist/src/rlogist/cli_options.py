@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from shared_core.command import Device
+
 if TYPE_CHECKING:
     from rlogist.slide_jobs import Encoding, Opening
 
@@ -74,7 +76,7 @@ class EncoderOptions:
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--random", help="the library's weights, or random ones")
     ] = True
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, auto")] = "cpu"
+    device: Device = "auto"
     batch_size: Annotated[int, typer.Option(min=1, help="patches a forward pass")] = 32
 
     def encoding(self, extractor: str, deep: bool = False, here: bool = True) -> "Encoding":

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from shared_core import InputError
-from shared_core.command import run
-from shared_core.files import make_folder
+from shared_core.command import ProofFolder, Quick, Seeds, folder_to_write, run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +51,7 @@ Adjacent = Annotated[Neighbours, typer.Option(help="which two inputs must look a
 Seen = Annotated[Watcher, typer.Option(help="against whom; the server knows who takes part")]
 Scale = Annotated[float, typer.Option(help="grid steps per unit of the vectors")]
 Norm = Annotated[float, typer.Option(help="L2 norm that vectors are expected to have; c = (scale x norm)^2")]
-Out = Annotated[Path, typer.Option(help="folder for results")]
+Out = Annotated[Path, typer.Option(help="folder for results", callback=folder_to_write)]
 
 
 @app.command()
@@ -207,14 +206,11 @@ def simulate(
 
 @app.command()
 def prove(
-    out: Out = Path("runs/smm-dp"),
-    seeds: Annotated[int, typer.Option(help="number of seeds")] = 3,
-    quick: Annotated[bool, typer.Option(help="shortened run")] = False,
+    out: ProofFolder = Path("runs/smm-dp"),
+    seeds: Seeds = 3,
+    quick: Quick = False,
 ) -> None:
     """Prove the method's claims on small data; exit 0 where they hold, 1 where not."""
-    if seeds < 1:
-        raise InputError("expected at least 1", field="--seeds", value=seeds)
-    make_folder(out)  # what cannot be written is told before anything large is imported
     from smm_dp.proof import run_proof
 
     raise typer.Exit(run_proof(out, range(seeds), quick))
