@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -38,11 +39,17 @@ class Member:
     import_name: str
     command: str | None
     extras: tuple[str, ...]
+    dependencies: tuple[str, ...]
+    """Requirements of the plain install, as pyproject.toml has them."""
 
     @property
     def name(self) -> str:
         """The folder's name, which is how PKG= and the CI matrix call the member."""
         return self.folder.name
+
+    def needs(self, library: str) -> bool:
+        """Whether the plain install names a library."""
+        return any(re.split(r"[^\w.-]", line)[0] == library for line in self.dependencies)
 
 
 def discover(root: Path = ROOT) -> list[Member]:
@@ -89,6 +96,7 @@ def _read(folder: Path) -> Member:
         import_name=modules[0],
         command=next(iter(project.get("scripts", {})), None),
         extras=tuple(project.get("optional-dependencies", {})),
+        dependencies=tuple(project.get("dependencies", [])),
     )
 
 
@@ -153,6 +161,10 @@ def _answer(arguments: argparse.Namespace) -> str:
     root = arguments.root
     if arguments.what == "requirements":
         return "\n".join(requirements(root))
+    if arguments.what == "pythons":
+        return "\n".join(PYTHON_VERSIONS)
+    if arguments.what == "without":
+        return "\n".join(member.name for member in packages(root) if not member.needs(arguments.library))
     if arguments.what == "folders":
         return "\n".join(str(member.folder) for member in discover(root))
     if arguments.what == "facts":
@@ -176,6 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--base", required=True, help="the revision to compare with, e.g. origin/main")
     commands.add_parser("requirements", help="what make setup installs, as a requirements file")
     commands.add_parser("folders", help="the folders of all members, one a line")
+    commands.add_parser("pythons", help="the Python versions that CI tests with, one a line")
+    command = commands.add_parser(
+        "without", help="the packages that can be installed without a library, one a line"
+    )
+    command.add_argument("library")
     command = commands.add_parser("facts", help="one member as assignments for a shell")
     command.add_argument("name")
     arguments = parser.parse_args(argv)

@@ -9,11 +9,12 @@ from tools import workspace
 
 
 def run_ci(folder: Path, make: str) -> subprocess.CompletedProcess[str]:
-    """Runs .ci/run in a folder where make is the given script and the README check does nothing."""
+    """Runs .ci/run in a folder where make is the given script and ci/ only says its name."""
     for part in (".ci", "ci", "bin"):
         (folder / part).mkdir()
     shutil.copy(workspace.ROOT / ".ci" / "run", folder / ".ci" / "run")
-    (folder / "ci" / "readme.sh").write_text("echo readme ran\n")
+    for script in ("readme", "matrix"):
+        (folder / "ci" / f"{script}.sh").write_text(f"echo {script} ran\n")
     fake = folder / "bin" / "make"
     fake.write_text(f"#!/bin/sh\necho make $1\n{make}\n")
     fake.chmod(0o755)
@@ -31,8 +32,10 @@ def proofs_end_with(code: int) -> str:
 
 def test_ci_runs_every_step_in_order(tmp_path: Path) -> None:
     done = run_ci(tmp_path, proofs_end_with(0))
-    steps = [line for line in done.stdout.splitlines() if line.startswith(("make", "readme"))]
-    assert steps == ["make lint", "make test", "make prove", "make dist", "readme ran", "make docs"]
+    steps = [line for line in done.stdout.splitlines() if line.startswith(("make", "readme", "matrix"))]
+    assert steps == [
+        "make lint", "make test", "make prove", "make dist", "readme ran", "matrix ran", "make docs",
+    ]  # fmt: skip
     assert done.returncode == 0
     assert "DOES NOT HOLD" not in done.stdout
 
