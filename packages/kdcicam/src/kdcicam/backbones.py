@@ -273,8 +273,7 @@ def build_backbone(spec: str | nn.Module, **options: Any) -> nn.Module:
 
     Args:
         spec: ``vgg16``, ``vgg16-imagenet``, ``inception_v3``, a timm name (``resnet18`` or
-        ``timm/resnet18``),
-            ``module:callable`` that returns a module, or a module.
+            ``timm/resnet18``), ``module:callable`` that returns a module, or a module.
         options: For the backbone's class.
 
     Raises:

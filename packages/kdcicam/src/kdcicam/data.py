@@ -59,8 +59,8 @@ def load_images(root: Path, split: str, *, images: Path | None = None, validatio
 
     Args:
         root: CUB's folder (or the one above), ILSVRC's, a wsolevaluation ``metadata/NAME`` folder, or a
-        folder
-            of ``train/CLASS``, ``val/CLASS``, ``test/CLASS`` with boxes in ``SPLIT.json`` or ``boxes.json``.
+            folder of ``train/CLASS``, ``val/CLASS``, ``test/CLASS`` with boxes in ``SPLIT.json`` or
+            ``boxes.json``.
         split: ``train``, ``val`` (images that thresholds are chosen on) or ``test``.
         images: For wsolevaluation: the folder that image ids are paths in.
         validation: Share of the training images, every n-th, that ``val`` takes out of ``train`` where the
