@@ -76,13 +76,14 @@ def test_evaluation_chooses_thresholds_on_validation_images_and_counts(tmp_path)
         evaluate(model, test, threshold=0.2, methods=("gradcam",))
 
 
-def test_unreadable_images_raise_or_are_counted(tmp_path):
+def test_unreadable_images_raise_or_are_named_and_counted(tmp_path):
     root = trees.class_folders(tmp_path)
     (root / "test" / "disc" / "test1.png").write_bytes(b"")
     test, model = load_images(root, "test"), tiny.with_pool(tiny.model(3))
     with pytest.raises(InputError, match=r"test1\.png: is empty"):
         evaluate(model, test, threshold=0.2)
-    result = evaluate(model, test, threshold=0.2, skip=True)["ci-cam"]
+    with pytest.warns(UserWarning, match=r"left out: .*test1\.png: is empty"):
+        result = evaluate(model, test, threshold=0.2, skip=True)["ci-cam"]
     assert (result.skipped, result.scores["images"]) == (1, 8)
 
 

@@ -140,7 +140,9 @@ def test_unreadable_training_images_are_named_or_counted(tmp_path: Path, capsys)
     assert run(*asked, "--out", tmp_path / "a") == 2
     assert "train0.png: is empty" in capsys.readouterr().err
     assert run(*asked, "--out", tmp_path / "b", "--on-error", "skip") == 0
-    assert "17, 1 unreadable" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "17, 1 unreadable" in said.out
+    assert "train0.png: is empty" in said.err
     pictures = [data / "train" / "disc" / "train0.png", data / "train" / "disc" / "train1.png"]
     assert run("localize", tmp_path / "b", *pictures, "--out", tmp_path / "c", "--on-error", "skip") == 0
     rows = json.loads((tmp_path / "c" / "boxes.json").read_text())["images"]

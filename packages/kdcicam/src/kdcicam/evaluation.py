@@ -11,7 +11,7 @@ import torch
 
 from kdcicam.baselines import BASELINES
 from kdcicam.data import Images
-from kdcicam.images import for_evaluation, read_image
+from kdcicam.images import for_evaluation, readable
 from kdcicam.metrics import Protocol, WSOLEvaluator
 from kdcicam.model import CICAM
 from shared_core import InputError
@@ -58,7 +58,7 @@ def evaluate(
         resize: Of the centre-crop protocol.
         batch_size: Images at once.
         device: Where.
-        skip: Count unreadable images and go on; else they raise.
+        skip: Name unreadable images in a warning, count them and go on; else they raise.
         progress: Called after each batch with its images.
         contours: Whether to count MaxBoxAcc.
 
@@ -113,14 +113,11 @@ def _counted(
     device, skipped = next(model.parameters()).device, 0
     for start in range(0, len(images), batch_size):
         tensors, labels, boxes = [], [], []
-        for index in range(start, min(start + batch_size, len(images))):
-            try:
-                image = read_image(images.files[index])
-            except InputError:
-                if not skip:
-                    raise
+        for offset, image in readable(images.files[start : start + batch_size], skip):
+            if isinstance(image, InputError):
                 skipped += 1
                 continue
+            index = start + offset
             file = str(images.files[index])
             truth = check_boxes(images.boxes[index], *image.size, name=file, slack=2)
             tensor, truth = for_evaluation(image, truth, protocol, model.image_size, resize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,11 +194,12 @@ def for_evaluation(
 
 
 def readable(paths: list[Path], skip: bool) -> Iterator[tuple[int, Image.Image | InputError]]:
-    """Read images one by one; an unreadable one raises, or where `skip`, is given as its error."""
+    """Read images one by one; an unreadable one raises, or where `skip`, is named and given as its error."""
     for number, path in enumerate(paths):
         try:
             yield number, read_image(path)
         except InputError as error:
             if not skip:
                 raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
             yield number, error

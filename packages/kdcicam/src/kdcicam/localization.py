@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdcicam.checkpoints import read_config
-from kdcicam.images import for_evaluation, read_image
+from kdcicam.images import for_evaluation, readable
 from kdcicam.model import CICAM
 from kdcicam.overlays import overlay
 from shared_core import InputError
@@ -66,13 +66,10 @@ def localized(
     model.eval().to(device)
     config = read_config(folder if folder.is_dir() else folder.parent)
     names = config["notes"].get("classes") or [str(k) for k in range(model.num_classes)]
-    for number, path in enumerate(images):
-        try:
-            image = read_image(path)
-        except InputError as error:
-            if not skip:
-                raise
-            yield {"file": str(path), "error": str(error)}
+    for number, image in readable(images, skip):
+        path = images[number]
+        if isinstance(image, InputError):
+            yield {"file": str(path), "error": str(image)}
             continue
         tensor, _ = for_evaluation(image, np.empty((0, 4)), "full", model.image_size)
         found = model.localize(tensor[None].to(device), threshold, topk, mode=mode)
