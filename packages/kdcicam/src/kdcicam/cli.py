@@ -113,7 +113,7 @@ def train_teacher(
     role: Annotated[
         str | None,
         typer.Option(
-            help="cls or loc: the teachers; ci-cam, nl-ccam, cam: baselines.",
+            help="cls or loc: the teachers, each with its auxiliary loss; ci-cam, nl-ccam, cam: baselines.",
             callback=_one_of(*TEACHER_ROLES),
         ),
     ] = None,

@@ -203,6 +203,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The paper's recipes (sections 3.6 to 3.8). Mirroring is not stated there and stands in all of them."""
 
+OWN_TEACHERS: dict[str, dict[str, Any]] = {
+    "cls": {"auxiliary": "fore", "eta": 0.6, "threshold": 0.15},
+    "loc": {"auxiliary": "diff_aux", "eta": 0.2, "threshold": 0.25},
+}
+"""What makes a teacher where no recipe is named: the auxiliary losses of the paper's InceptionV3 teachers."""
+
 _KINDS = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int, "Role": str}
 
 
@@ -247,12 +253,15 @@ def parsed(assignments: list[str]) -> dict[str, Any]:
 
 
 def settings_from(recipe: str | None, given: dict[str, Any]) -> Settings:
-    """A recipe with what was given over it; without a recipe, the defaults.
+    """A recipe with what was given over it; without a recipe, the defaults and a teacher's auxiliary loss.
 
     Raises:
         InputError: As for `preset` and `Settings`.
+
+    >>> settings_from(None, {"role": "loc", "eta": 0.5}).auxiliary
+    'diff_aux'
     """
-    start = preset(recipe) if recipe else {}
+    start = preset(recipe) if recipe else dict(OWN_TEACHERS.get(str(given.get("role")), {}))
     if "role" in start and given.get("role", start["role"]) != start["role"]:
         raise InputError(f"{recipe} is a recipe for {start['role']}", field="role", value=given["role"])
     return replace(Settings("cls"), **{**start, **given})
