@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from skimage.color import rgb2lab
 
 from asymaffinity.affinity import (
     ColorAffinity,
     DepthGradAffinity,
     FeatureAffinity,
+    cell_gradient,
     depth_gradient,
     lab,
     middle,
@@ -122,6 +125,34 @@ def test_edges_do_not_depend_on_the_unit_of_depth(normalize: str):
         assert (affinity(street(scale=scale, shift=shift)).stack() == plain.stack()).float().mean() > 0.999
     raw = DepthGradAffinity(normalize="none", theta=0.03)
     assert not torch.equal(raw(street()).bits, raw(street(scale=10.0)).bits)
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.02, 0.3]),
+    st.integers(0, 999),
+)
+@settings(max_examples=80, deadline=None)
+def test_a_cells_gradient_is_the_mean_of_its_pixels(h: int, w: int, stride: int, holes: float, seed: int):
+    """Holes, cut cells and all: as if the gradient were made at every pixel and averaged."""
+    draw = torch.Generator().manual_seed(seed)
+    field = torch.rand(2, h, w, generator=draw, dtype=torch.float64)
+    field[torch.rand(2, h, w, generator=draw) < holes] = float("nan")
+    gradient, known = depth_gradient(field)
+    found, valid = cell_gradient(field, stride, 0.5)
+    for y in range(found.shape[2]):
+        for x in range(found.shape[3]):
+            rows = (torch.arange(stride) + y * stride).clamp(max=h - 1)
+            columns = (torch.arange(stride) + x * stride).clamp(max=w - 1)
+            at = known[:, rows][:, :, columns]
+            own = gradient[:, :, rows][:, :, :, columns]
+            for n in range(2):
+                share = at[n].double().mean()
+                assert bool(valid[n, y, x]) == bool(share >= 0.5 - 1e-6)
+                mean = own[n][:, at[n]].mean(1) if valid[n, y, x] else torch.zeros(2, dtype=torch.float64)
+                torch.testing.assert_close(found[n, :, y, x], mean, atol=1e-10, rtol=1e-9)
 
 
 def test_edges_that_touch_a_hole_vanish():

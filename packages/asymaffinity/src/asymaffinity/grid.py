@@ -105,4 +105,7 @@ def to_grid(values: Float[Tensor, "*batch h w"], stride: int) -> Float[Tensor, "
         flat = torch.nn.functional.pad(
             flat, (0, max(0, whole[1] - width), 0, max(0, whole[0] - height)), mode="replicate"
         )[..., : whole[0], : whole[1]]
-    return torch.nn.functional.avg_pool2d(flat, stride).reshape(*values.shape[:-2], rows, columns)
+    # As two products: several times as fast on a CPU as a pooling of few channels.
+    mean = flat.new_full((1, stride), 1 / stride)
+    down = (mean @ flat.reshape(-1, rows, stride, whole[1])).reshape(-1, rows, columns, stride)
+    return (down @ mean[0]).reshape(*values.shape[:-2], rows, columns)
