@@ -76,13 +76,17 @@ def test_a_plain_loop_gives_the_same(name: str, kernel: int, dilation: int):
 @given(
     h=st.integers(1, 14), w=st.integers(1, 14), n=st.integers(0, 5), seed=st.integers(0, 99),
     kernel=st.sampled_from([3, 5]), dilation=st.integers(1, 3), name=st.sampled_from(list(RULES)),
+    chunk=st.sampled_from([1, 200, 1 << 17]),
 )  # fmt: skip
-def test_the_lean_form_is_the_stacked_form_forward_and_backward(h, w, n, seed, kernel, dilation, name):
+def test_the_lean_form_is_the_stacked_form_forward_and_backward(h, w, n, seed, kernel, dilation, name, chunk):
+    """Whole maps in one group, and windows of several sizes in many."""
     logits, _, _, edges, cells, index = scene(h, w, n, 2, kernel, dilation, seed)
     found = []
     for lean in (True, False):
         x = logits.clone().requires_grad_()
-        loss = affinity_loss(x, edges, cells, index, RULES[name], lean=lean)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("asymaffinity.lean.CHUNK", chunk)
+            loss = affinity_loss(x, edges, cells, index, RULES[name], lean=lean)
         loss.backward()
         found.append((loss.item(), x.grad))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-10, abs=1e-14)

@@ -109,14 +109,18 @@ class _Windows:
 
 
 def _windows(x: Tensor, cells: Tensor, edges: EdgeBits) -> Iterator[_Windows]:
-    """Each box with as many cells around it as an edge is long, in groups of equal window size."""
-    _, h, w = x.shape
+    """Each box with as many cells around it as an edge is long, in groups of equal window size.
+
+    Where all masks together are small they are one group, uncut: groups would cost more than cells.
+    """
+    count, h, w = x.shape
+    whole = count * h * w <= CHUNK
     reach = edges.dilation * (edges.kernel // 2)
     boxes = cells.detach().to("cpu")
     groups: dict[tuple[int, int], list[int]] = {}
     for n, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
-        size = min(h, _rounded(y1 - y0 + 2 * reach)), min(w, _rounded(x1 - x0 + 2 * reach))
-        groups.setdefault(size, []).append(n)
+        cut = min(h, _rounded(y1 - y0 + 2 * reach)), min(w, _rounded(x1 - x0 + 2 * reach))
+        groups.setdefault((h, w) if whole else cut, []).append(n)
     for (height, width), members in sorted(groups.items()):
         each = max(1, (CHUNK if x.device.type == "cpu" else CHUNK_GPU) // (height * width))
         for start in range(0, len(members), each):
