@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import tiny
 import torch
@@ -52,7 +54,9 @@ def test_masks_among_the_targets_change_nothing(head: str):
     for more in ({}, {"masks": torch.rand(2, 64, 64) > 0.5}):
         model = tiny.detector(head)
         torch.manual_seed(5)
-        losses = model(*batch(**more))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "masks among the targets are left out")
+            losses = model(*batch(**more))
         found.append({name: value.item() for name, value in losses.items()})
     assert found[0] == found[1]
 
@@ -180,6 +184,81 @@ def test_dynamic_masks_are_the_written_down_convolutions():
         found[shuffled],
     )
     assert masks(features, weights[:0], centres[:0], sizes[:0], index[:0]).shape == (0, 5, 6)
+
+
+def by_hand(model: CondInst, pyramid: list[torch.Tensor], level: int, row: int, column: int) -> torch.Tensor:
+    """The mask of one location of image 0, from CondInst's description: its weights, filters, coordinates."""
+    x = pyramid[0]
+    whole = model.mask_branch.refine[0](x)
+    for refine, coarse in zip(list(model.mask_branch.refine)[1:], pyramid[1:3], strict=True):
+        whole = whole + F.interpolate(refine(coarse), x.shape[2:], mode="bilinear", align_corners=False)
+    features = model.mask_branch.tower(whole)[0]
+    own = pyramid[level]
+    kernel = own.new_zeros(own.shape[2:])
+    kernel[row, column] = 1
+    tower = model.head.regression_head.conv(own)
+    weights = model.head.controller(tower)[0, :, row, column]
+    stride, (c, h, w) = 8 * 2**level, features.shape
+    # torchvision's FCOS has its locations at the corners of the cells.
+    there = torch.tensor([column * stride, row * stride])
+    rows: list[list[torch.Tensor]] = []
+    for i in range(h):
+        rows.append([])
+        for j in range(w):
+            here = torch.tensor([8 * j + 4.0, 8 * i + 4.0])
+            values = torch.cat([features[:, i, j], (there - here) / (8 * stride)])
+            at, end = 0, 8 * (c + 2) + 8 * 8 + 8
+            for out, last in ((8, False), (8, False), (1, True)):
+                matrix = weights[at : at + out * len(values)].view(out, -1)
+                values = matrix @ values + weights[end : end + out]
+                at, end = at + matrix.numel(), end + out
+                values = values if last else F.relu(values)
+            rows[-1].append(values[0])
+    coarse = torch.stack([torch.stack(row_) for row_ in rows])
+    fine = torch.zeros(2 * h, 2 * w)
+    for i in range(2 * h):
+        for j in range(2 * w):
+            y, x_ = (min(max(k / 2 - 0.25, 0), size - 1) for k, size in ((i, h), (j, w)))
+            y0, x0 = int(y), int(x_)
+            y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+            fy, fx = y - y0, x_ - x0
+            upper = (1 - fx) * coarse[y0, x0] + fx * coarse[y0, x1]
+            lower = (1 - fx) * coarse[y1, x0] + fx * coarse[y1, x1]
+            fine[i, j] = (1 - fy) * upper + fy * lower
+    return fine
+
+
+@torch.no_grad()
+def test_condinst_masks_are_those_of_a_loop_over_locations_and_cells():
+    """At each level: whose weights, which coordinates, which size of interest, how it is made finer."""
+    model = tiny.detector("condinst", size=128)
+    torch.nn.init.normal_(model.head.controller.weight, std=0.1)
+    image, target = tiny.scene(size=128)
+    images, targets = [image], [{k: v for k, v in target.items() if k != "true_masks"}]
+    seen = []
+    criterion = model.criterion.forward
+    model.criterion.forward = lambda *a, **k: (seen.append(a), criterion(*a, **k))[1]
+    chosen = []
+    surest = model._surest
+    model._surest = lambda *a: (chosen.append(surest(*a)), chosen[-1])[1]
+    targets[0]["boxes"] = torch.tensor([[4.0, 4, 20, 22], [0, 0, 128, 128]])
+    model(images, targets)
+    lists, _ = model.transform(images, targets)
+    pyramid = list(model.backbone(lists.tensors).values())
+    sides = [level.shape[2] for level in pyramid]
+    logits = seen[0][0]
+    assert len(logits) == len(chosen[0]) > 2
+    levels = set()
+    for n in (0, len(logits) // 2, len(logits) - 1):
+        place = int(chosen[0][n])
+        level = 0
+        while place >= sides[level] ** 2:
+            place -= sides[level] ** 2
+            level += 1
+        levels.add(level)
+        found = by_hand(model, pyramid, level, *divmod(place, sides[level]))
+        torch.testing.assert_close(logits[n], found, atol=1e-4, rtol=1e-4)
+    assert len(levels) > 1
 
 
 def test_at_most_so_many_instances_an_image_the_surest_of_each_object():

@@ -6,6 +6,7 @@ image, before normalisation, with the padding invalid; depth goes through the sa
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
+from asymaffinity.affinity import middle
 from asymaffinity.edges import EdgeBits
 from asymaffinity.grid import grid_size
 from asymaffinity.losses import BoxSupLoss
@@ -41,6 +43,9 @@ class BoxSupTransform(GeneralizedRCNNTransform):
         self.edges: dict[str, EdgeBits] = {}
         self.grid = (0, 0)
         """Cells of the masks' grid over the last batch."""
+        self.masks: list[Tensor] | None = None
+        """With mixed supervision the true masks of each image of the last batch, on the grid."""
+        self._said = False
 
     @classmethod
     def like(cls, transform: GeneralizedRCNNTransform, criterion: BoxSupLoss, bottom: int) -> BoxSupTransform:
@@ -59,17 +64,44 @@ class BoxSupTransform(GeneralizedRCNNTransform):
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
-        """Normalise, resize, pad, and in training make edges. Masks among the targets are left out."""
+        """Normalise, resize, pad, and in training make edges.
+
+        Masks among the targets are left out, unless the criterion's supervision is mixed.
+        """
         depths: list[Tensor | None] = [t.get("depth") for t in targets or [{}] * len(images)]
         if targets is not None:
             check_depths(images, depths)
-            targets = [{k: v for k, v in t.items() if k not in ("masks", "depth")} for t in targets]
+            targets = [{k: v for k, v in t.items() if k in self._wanted(t)} for t in targets]
         batch, moved = super().forward(images, targets)
         height, width = batch.tensors.shape[2:]
         self.edges, self.grid = {}, grid_size(height, width, self.criterion.stride)  # type: ignore[arg-type]
+        self.masks = None
         if self.training and moved is not None:
             self.edges = self._edges(batch, depths)
+            if self.criterion.supervision == "mixed":  # type: ignore[union-attr] set past Module
+                self.masks = [self._on_grid(target) for target in moved]
         return batch, moved
+
+    def _wanted(self, target: dict[str, Tensor]) -> set[str]:
+        """Names of what the detector gets of a target."""
+        mixed = self.criterion.supervision == "mixed"  # type: ignore[union-attr]
+        if "masks" in target and not mixed and self.training and not self._said:
+            self._said = True
+            warnings.warn(
+                "masks among the targets are left out: boxes supervise. To learn from the masks that there "
+                "are, BoxSupLoss(..., supervision='mixed')",
+                UserWarning,
+                stacklevel=4,
+            )
+        return set(target) - {"depth"} - (set() if mixed else {"masks"})
+
+    def _on_grid(self, target: dict[str, Tensor]) -> Tensor:
+        """True masks of an image at the middle of each cell; none where the target has none."""
+        made = target["boxes"].new_zeros(len(target["boxes"]), *self.grid, dtype=torch.bool)
+        if "masks" in target:
+            found = middle(target.pop("masks").bool(), self.criterion.stride)  # type: ignore[arg-type]
+            made[:, : found.shape[1], : found.shape[2]] = found[:, : made.shape[1], : made.shape[2]]
+        return made
 
     def _edges(self, batch: ImageList, depths: list[Tensor | None]) -> dict[str, EdgeBits]:
         mean, std = (

@@ -143,12 +143,20 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Write COCO results to this file.", dir_okay=False)
     ] = None,
+    cityscapes_results: Annotated[
+        Path | None, typer.Option(help="Write results as Cityscapes' server reads them.", file_okay=False)
+    ] = None,
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """Mask and box AP (masks need true ones in the file), and how the masks sit in their boxes."""
+    """Mask and box AP (masks need true ones in the file), and how the masks sit in their boxes.
+
+    On Cityscapes its own AP beside COCO's.
+    """
+    if cityscapes_results is not None and not data.is_dir():
+        raise InputError("is for the folder of Cityscapes", field="cityscapes-results", value=str(data))
     with command.warnings_in_one_line():
-        from asymaffinity import datasets
+        from asymaffinity import cityscapes, datasets
         from asymaffinity import predictions as predicted
         from asymaffinity.checkpoints import load_model
 
@@ -169,8 +177,12 @@ def evaluate(
             scores, made = predicted.evaluate(
                 loaded, boxes, truth, device=command.usable_device(device), progress=step
             )
+        if data.is_dir():
+            scores |= cityscapes.score_rows(made, boxes, data, split)
     if predictions is not None:
         files.write_json(predictions, made)
+    if cityscapes_results is not None:
+        cityscapes.write_results(made, boxes, cityscapes_results)
     if json is not None:
         files.write_json(json, scores)
     note = {} if "mask_ap" in scores else {"mask_ap": "the file has no true masks"}

@@ -173,7 +173,8 @@ class CondInst(FCOS):
 
     Used as every detector of torchvision: in training a call with images and targets gives losses, else one
     with images gives ``boxes``, ``labels``, ``scores`` and ``masks`` (probabilities [n, 1, H, W]). A target
-    needs ``boxes`` and ``labels``, and ``depth`` [H, W] where the loss has a depth term.
+    needs ``boxes`` and ``labels``, and ``depth`` [H, W] where the loss has a depth term. ``masks`` [N, H, W]
+    are used where the loss has mixed supervision, and one without a pixel is not known.
 
     Args:
         backbone: Gives an OrderedDict of pyramid levels from stride 8 on, and has `out_channels`.
@@ -261,7 +262,12 @@ class CondInst(FCOS):
         )
         cells, _ = box_cells(boxes, (logits.shape[1], logits.shape[2]), self.criterion.stride)
         self.health = logits_health(logits, cells)
-        losses = self.criterion(logits, boxes, index, self.transform.edges)
+        masks = self.transform.masks
+        if masks is not None:
+            masks = torch.cat(
+                [own[matched[n, at]] for n, (own, at) in enumerate(zip(masks, chosen, strict=True))]
+            )
+        losses = self.criterion(logits, boxes, index, self.transform.edges, masks=masks)
         if not len(places):  # every parameter takes part, as several processes ask for
             losses["loss_prj"] = losses["loss_prj"] + 0 * (features.sum() + found["controller"].sum())
         return losses

@@ -2,14 +2,14 @@
 
 A sample is what torchvision's detectors take: an image [3, H, W] from 0 to 1, and a target with ``boxes``
 [N, 4], ``labels`` [N] from 1, ``image_id``, and ``depth`` [H, W] (NaN where unknown) if asked for. No mask
-ever reaches it.
+reaches it, unless `coco_boxes` is asked for those that there are.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from asymaffinity import depth as depth_maps
 from shared_core import InputError
 from shared_core.boxes import clip_boxes, xywh_to_xyxy
+from shared_core.errors import needs_extra
 
 CITYSCAPES_THINGS = {
     24: "person", 25: "rider", 26: "car", 27: "truck",
@@ -42,7 +43,8 @@ class Record:
     labels: np.ndarray
     """[N], from 1."""
     depth: Path | None = None
-    crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    segmentations: tuple[Any, ...] | None = None
+    """Of each box, as COCO has it, None where there is none; None as a whole where no masks are wanted."""
 
 
 class BoxImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -90,6 +92,10 @@ class BoxImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         }
         if self.meaning is not None and record.depth is not None:
             target["depth"] = torch.from_numpy(depth_maps.read_field(record.depth, self.meaning, self.field))
+        if record.segmentations is not None:
+            size = (image.shape[1], image.shape[2])
+            masks = [segmentation_mask(each, size, record.image) for each in record.segmentations]
+            target["masks"] = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size).bool()
         if self.flip and np.random.default_rng([self.seed, epoch, index]).random() < 0.5:
             image, target = mirrored(image, target)
         return image, target
@@ -100,9 +106,35 @@ def mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str
     width = image.shape[2]
     x0, y0, x1, y1 = target["boxes"].unbind(1)
     moved = {**target, "boxes": torch.stack([width - x1, y0, width - x0, y1], 1)}
-    if "depth" in target:
-        moved["depth"] = target["depth"].flip(1)
+    for name in ("depth", "masks"):
+        if name in target:
+            moved[name] = target[name].flip(-1)
     return image.flip(2), moved
+
+
+def segmentation_mask(segmentation: Any, size: tuple[int, int], file: Path) -> np.ndarray:
+    """A COCO segmentation (polygons, or run lengths in either form) as a mask; no pixel where there is none.
+
+    Raises:
+        InputError: It is of neither form, or of another size than the image.
+    """
+    if not segmentation:
+        return np.zeros(size, bool)
+    with needs_extra("coco", "asymaffinity"):
+        from faster_coco_eval.core import mask as coco_mask
+    try:
+        parts = segmentation
+        if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
+            parts = coco_mask.frPyObjects(segmentation, *size)
+        merged = coco_mask.merge(parts) if isinstance(parts, list) else parts
+        mask = np.asarray(coco_mask.decode(merged)).astype(bool)
+    except (TypeError, KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"expected polygons or run lengths: {error}", file=file, field="segmentation"
+        ) from error
+    if mask.shape != size:
+        raise InputError(f"expected {size}", file=file, field="segmentation", value=mask.shape)
+    return mask
 
 
 def read_image(path: Path) -> Tensor:
@@ -135,8 +167,9 @@ def coco_boxes(
     keep_empty: bool = False,
     flip: bool = False,
     seed: int = 0,
+    masks: bool = False,
 ) -> BoxImages:
-    """Images and boxes of a COCO file; ``segmentation`` may be missing and is never read.
+    """Images and boxes of a COCO file; ``segmentation`` may be missing and is not read.
 
     Args:
         annotations: JSON with images, categories and annotations with ``bbox`` x, y, width, height.
@@ -147,6 +180,8 @@ def coco_boxes(
         keep_empty: Keep images without a box.
         flip: Mirror half of the samples.
         seed: Of that.
+        masks: Read ``segmentation`` where an annotation has it, for mixed supervision: targets then have
+            ``masks`` [N, H, W], without a pixel where there is none.
 
     Raises:
         InputError: A file is missing or damaged, or a box is inverted or not finite.
@@ -180,7 +215,10 @@ def coco_boxes(
         labels = np.array([label_of[a["category_id"]] for a in own], dtype=np.int64)
         path = images / image["file_name"]
         map_ = depth_maps.find(depth, Path(image["file_name"]).stem) if depth is not None else None
-        records.append(Record(int(image["id"]), path, boxes[solid], labels[solid], map_))
+        parts = tuple(a.get("segmentation") for a, kept in zip(own, solid, strict=True) if kept)
+        records.append(
+            Record(int(image["id"]), path, boxes[solid], labels[solid], map_, parts if masks else None)
+        )
     if boxes_of:
         raise InputError(
             "is no image of this file", file=annotations, field="image_id", value=next(iter(boxes_of))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from asymaffinity.affinity import ColorAffinity, DepthGradAffinity, similarity_quantiles
 from asymaffinity.edges import EdgeBits
-from asymaffinity.functional import Rule, affinity_loss, projection_loss
+from asymaffinity.functional import Rule, affinity_loss, dice_loss, projection_loss
 from asymaffinity.grid import box_cells
 from shared_core import InputError
 
@@ -43,6 +43,9 @@ class BoxSupLoss(nn.Module):
             the weights. Where None, each has its own term.
         stride: Pixels a cell of the masks' grid.
         lean: Which implementation of the affinity loss; both give the same.
+        supervision: ``boxes``: true masks among the targets of a detector are left out. ``mixed``: instances
+            that have one learn from it by the dice loss, ``loss_mask``; the others from their boxes. Each
+            instance weighs the same.
 
     Example:
         >>> crit = BoxSupLoss({"color": (ColorAffinity(), 1.0)}, warmup=0)
@@ -65,11 +68,13 @@ class BoxSupLoss(nn.Module):
         join: str | None = None,
         stride: int = 4,
         lean: bool = True,
+        supervision: str = "boxes",
     ) -> None:
         super().__init__()
         self.affinities = dict(default_affinities() if affinities is None else affinities)
         self.rule = rule or Rule()
         self.warmup, self.join, self.stride, self.lean = warmup, join, stride, lean
+        self.supervision = supervision
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.widened = 0
         """Boxes so far that no cell of the grid lay in."""
@@ -77,6 +82,8 @@ class BoxSupLoss(nn.Module):
         self._looked = 0
         if warmup < 0:
             raise InputError("expected at least 0", field="warmup", value=warmup)
+        if supervision not in ("boxes", "mixed"):
+            raise InputError("expected boxes or mixed", field="supervision", value=supervision)
         if join not in (None, "and", "or"):
             raise InputError("expected and, or, or none", field="join", value=join)
         for name, (affinity, weight) in self.affinities.items():
@@ -143,6 +150,7 @@ class BoxSupLoss(nn.Module):
         image_index: Int[Tensor, " instances"],
         edges: Mapping[str, EdgeBits],
         step: int | None = None,
+        masks: Shaped[Tensor, "instances h w"] | None = None,
     ) -> dict[str, Tensor]:
         """The losses, to be added up.
 
@@ -152,9 +160,12 @@ class BoxSupLoss(nn.Module):
             image_index: To which image each mask belongs.
             edges: As `edges` gives them.
             step: Of the warm-up; where None, calls in training mode are counted (the buffer `step`).
+            masks: With ``mixed`` supervision the true masks on the grid, as booleans; one without a cell is
+                not known.
 
         Returns:
-            ``loss_prj`` and ``loss_aff_<name>`` of each modality, weighted. Exactly 0 without instances.
+            ``loss_prj`` and ``loss_aff_<name>`` of each modality, weighted; with ``mixed`` supervision
+            ``loss_mask`` beside them. Exactly 0 without instances.
         """
         if step is None:
             step = int(self.step)
@@ -162,8 +173,19 @@ class BoxSupLoss(nn.Module):
                 self.step += 1
         cells, widened = box_cells(boxes, (mask_logits.shape[1], mask_logits.shape[2]), self.stride)
         self.widened += widened
-        losses = {"loss_prj": projection_loss(mask_logits, cells)}
-        return losses | self.affinity_terms(mask_logits, cells, image_index, edges, step)
+        if self.supervision == "boxes":
+            losses = {"loss_prj": projection_loss(mask_logits, cells)}
+            return losses | self.affinity_terms(mask_logits, cells, image_index, edges, step)
+        known = torch.zeros_like(image_index, dtype=torch.bool)
+        if masks is not None:
+            known = masks.flatten(1).any(1)
+        boxed = ~known
+        losses = {"loss_prj": projection_loss(mask_logits[boxed], cells[boxed])}
+        losses |= self.affinity_terms(mask_logits[boxed], cells[boxed], image_index[boxed], edges, step)
+        share = known.float().mean() if len(known) else 1.0
+        losses = {name: value * (1 - share) for name, value in losses.items()}
+        truth = mask_logits[known] if masks is None else masks[known].float()
+        return losses | {"loss_mask": share * dice_loss(mask_logits[known], truth)}
 
     def affinity_terms(
         self,

@@ -36,7 +36,7 @@ def boxsup_maskrcnn(
     Args:
         model: Changed in place; its weights and their names stay, the criterion's counter comes beside them.
         criterion: The loss. A target needs ``boxes`` and ``labels``, and ``depth`` [H, W] where the loss has
-            a depth term; ``masks`` are left out if they are there.
+            a depth term; ``masks`` are left out if they are there, unless its supervision is mixed.
         enlarge: How much wider than its box a region of the mask branch is, in training and after. Without it
             no cell of a region lies outside the box, and the asymmetric loss has no border.
         bottom: Last rows of each image that are no edge's neighbour.
@@ -108,15 +108,22 @@ class BoxSupRoIHeads(RoIHeads):
         assert targets is not None
         proposals, matched, labels = self._samples
         self._samples = None
-        regions, boxes, classes, owners = [], [], [], []
+        regions, boxes, classes, owners, truths = [], [], [], [], []
+        true_masks = self.transform.masks  # type: ignore[union-attr] set past Module
         for n, (region, match, label) in enumerate(zip(proposals, matched, labels, strict=True)):
             chosen = torch.where(label > 0)[0]
             regions.append(enlarged(region[chosen], self.enlarge, image_shapes[n]))
             boxes.append(targets[n]["boxes"][match[chosen]] if len(chosen) else region.new_zeros(0, 4))
             classes.append(label[chosen])
             owners.append(torch.full_like(chosen, n))
+            if true_masks is not None:
+                own = true_masks[n]
+                truths.append(own[match[chosen]] if len(chosen) else own[:0])
         logits = self._logits(features, regions, image_shapes, torch.cat(classes))
-        return result, losses | self._losses(logits, torch.cat(regions), torch.cat(boxes), torch.cat(owners))
+        masks = torch.cat(truths) if truths else None
+        return result, losses | self._losses(
+            logits, torch.cat(regions), torch.cat(boxes), torch.cat(owners), masks
+        )
 
     def _logits(
         self,
@@ -129,13 +136,15 @@ class BoxSupRoIHeads(RoIHeads):
         found = self.mask_predictor(self.mask_head(pooled))  # type: ignore[misc]
         return found[torch.arange(len(found), device=found.device), classes]
 
-    def _losses(self, logits: Tensor, regions: Tensor, boxes: Tensor, owners: Tensor) -> dict[str, Tensor]:
+    def _losses(
+        self, logits: Tensor, regions: Tensor, boxes: Tensor, owners: Tensor, masks: Tensor | None
+    ) -> dict[str, Tensor]:
         transform: BoxSupTransform = self.transform  # type: ignore[assignment] set past Module
         edges, grid = transform.edges, transform.grid
         whole = paste(logits, regions, grid, self.criterion.stride)
         cells, _ = box_cells(boxes, grid, self.criterion.stride)
         self.health = logits_health(whole, cells)
-        return self.criterion(whole, boxes, owners, edges)
+        return self.criterion(whole, boxes, owners, edges, masks=masks)
 
     def _predict(
         self,

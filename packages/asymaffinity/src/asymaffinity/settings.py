@@ -34,6 +34,8 @@ class Settings:
     """``none``, ``color``, ``depthgrad``, ``both`` (a term each), ``and`` or ``or`` (one joined term)."""
     form: str = "asymmetric"
     outside: str = "known"
+    supervision: str = "boxes"
+    """``boxes``, or ``mixed``: annotations of a COCO file that have a ``segmentation`` learn from it."""
     color_weight: float | None = None
     """Where None: 1 alone, 0.5 beside the other."""
     depth_weight: float | None = None
@@ -74,6 +76,7 @@ class Settings:
             "affinity": AFFINITIES,
             "form": ("symmetric", "asymmetric"),
             "outside": ("known", "predicted"),
+            "supervision": ("boxes", "mixed"),
             "optimizer": ("sgd", "adamw"),
             "mixed_precision": ("no", "fp16", "bf16"),
         }

@@ -19,10 +19,7 @@ from asymaffinity.affinity import ColorAffinity, DepthGradAffinity
 from asymaffinity.checkpoints import (
     CHECKPOINT,
     Checkpoint,
-    optimizer_tensors,
     read_checkpoint,
-    read_tensors,
-    restore_optimizer,
     save_model,
     write_checkpoint,
 )
@@ -33,6 +30,7 @@ from asymaffinity.metrics import MaskHealth
 from asymaffinity.models import build_backbone, build_detector, load_backbone
 from asymaffinity.settings import FREE, Settings, plain
 from shared_core import InputError
+from shared_core.checkpoints import check_same_run, optimizer_tensors, read_tensors, restore_optimizer
 from shared_core.errors import needs_extra
 from shared_core.files import write_text
 
@@ -80,7 +78,13 @@ def build_criterion(settings: Settings) -> BoxSupLoss:
         affinities["depthgrad"] = (affinity, depth)
     outside = "predicted" if settings.form == "symmetric" else settings.outside
     join = settings.affinity if settings.affinity in ("and", "or") else None
-    return BoxSupLoss(affinities, Rule(settings.form, outside), warmup=settings.affinity_warmup, join=join)
+    return BoxSupLoss(
+        affinities,
+        Rule(settings.form, outside),
+        warmup=settings.affinity_warmup,
+        join=join,
+        supervision=settings.supervision,
+    )
 
 
 def build_model(settings: Settings, classes: int) -> nn.Module:
@@ -103,7 +107,10 @@ def load_data(settings: Settings, *, training: bool = True) -> BoxImages:
     """The images that the settings name: a COCO file, or the folder of Cityscapes."""
     path = Path(settings.data)
     depth = settings.wants_depth and training
+    mixed = training and settings.supervision == "mixed"
     if path.is_dir():
+        if mixed:
+            raise InputError("expected a COCO file for mixed supervision", field="data", value=settings.data)
         return cityscapes_boxes(
             path,
             "train" if training else "val",
@@ -127,6 +134,7 @@ def load_data(settings: Settings, *, training: bool = True) -> BoxImages:
         flip=settings.flip and training,
         seed=settings.seed,
         keep_empty=not training,
+        masks=mixed,
     )
 
 
@@ -245,14 +253,7 @@ class _Run:
         }
 
     def restore(self, kept: Checkpoint, file: Path) -> None:
-        for part, value in self.fingerprint.items():
-            theirs = kept.fingerprint.get(part)
-            if theirs != value:
-                ours: Any = value
-                if isinstance(theirs, dict) and isinstance(value, dict):
-                    key = next(k for k in {**value, **theirs} if theirs.get(k) != value.get(k))
-                    theirs, ours = f"{key} {theirs.get(key)}", f"{key} {value.get(key)}"
-                raise InputError(f"is of a run with another {part}: expected {ours}", file=file, value=theirs)
+        check_same_run(kept.fingerprint, self.fingerprint, file)
         self.model.load_state_dict(kept.model)
         restore_optimizer(self.optimizer.optimizer, kept.optimizer)
         if kept.scaler and self.accelerator.scaler is not None:
@@ -304,6 +305,7 @@ class _Run:
         total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(total)
+        losses, total = {name: value.detach() for name, value in losses.items()}, total.detach()
         self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.clip)
         self.optimizer.step()
         self._check_finite(float(total))
