@@ -30,10 +30,13 @@ def test_extract_train_predict_evaluate_report(world, tmp_path, capsys):
     options = ("--patch", 32, "--extractor", "stain", "--deep")
     assert run(capsys, "extract", slides, "--out", tmp_path / "f", *options)[0] == 0
     model = tmp_path / "m"
-    code, shown, _ = run(
+    code, shown, log = run(
         capsys, "train", tmp_path / "f", "--labels", labels, "--out", model, *TRAIN, "--tensorboard"
     )
     assert (code, "trained on 4 slides" in shown) == (0, True)
+    assert [line.split(":")[0] for line in log.splitlines() if " 1 of " in line] == [
+        f"stage {stage}" for stage in ("A", "B", "B2", "C")
+    ]
     assert list((model / "tensorboard").glob("events*"))
     config = json.loads((model / "config.json").read_text())
     assert (config["classes"], config["fingerprint"]) == (["normal", "tumour"], "stain-1")

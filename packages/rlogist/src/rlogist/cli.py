@@ -106,7 +106,7 @@ def demo_slides(
     from rlogist.demo_slides import DemoWorld, make_demo_slides
     from rlogist.progress import counting
 
-    world = DemoWorld(size=size)
+    world = DemoWorld(size=size, group_radius=min(DemoWorld.group_radius, size / 8))  # four have room
     with counting("slides") as report:
         made = make_demo_slides(out, slides, slides_per_patient, seed, world, jobs, report)
     positive = sum(slide.label for slide in made)

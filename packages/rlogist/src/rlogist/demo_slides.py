@@ -154,7 +154,8 @@ def paint_slide(plan: DemoSlide, world: DemoWorld) -> UInt8[np.ndarray, "size si
     made, rng = _layout(plan, world)
     style = np.random.default_rng([plan.seed, 1])  # a patient's slides are stained alike
     gain = style.uniform(0.85, 1.15, 3).astype(np.float32)
-    density = _quilt(world.size, rng, gain) * _outline(world.size, _lobes(plan))[:, :, None]
+    density = _quilt(world.size, rng, gain)
+    density *= _outline(world.size, _lobes(plan))[:, :, None]
     for outlines, share in ((made.tumours, world.tumour_share), (made.mimics, 0.0)):
         for outline in outlines:
             _add_group(density, outline, share, world, rng)
@@ -340,7 +341,8 @@ def _quilt(
             y, x = row * step, column * step
             canvas[y : y + TILE, x : x + TILE] += tile
     density = canvas[OVERLAP : OVERLAP + size, OVERLAP : OVERLAP + size]
-    return density * gain
+    density *= gain
+    return density
 
 
 def _smooth_fields(count: int, fields: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""Progress bars on stderr. Where it is no terminal they are hidden: a log gets the lines of the results."""
+"""Progress bars on stderr. Where it is no terminal they are hidden: a log gets lines."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,10 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def training(tensorboard: Path | None) -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """A context that gives an `on_epoch` with a bar a stage, and TensorBoard's scalars if asked."""
+    """A context that gives an `on_epoch` with a bar a stage, and TensorBoard's scalars if asked.
+
+    A log gets a line where a stage begins, or goes on, and after each tenth of it.
+    """
     from rlogist.training_run import TensorBoard
 
     writer = None if tensorboard is None else TensorBoard(tensorboard)
@@ -26,9 +30,13 @@ def training(tensorboard: Path | None) -> Iterator[Callable[[str, int, int, dict
     with _bars("stage {task.description}", transient=False) as bar:
 
         def on_epoch(stage: str, done: int, total: int, scalars: dict[str, float]) -> None:
-            if stage not in tasks:
+            begins = stage not in tasks
+            if begins:
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done)
+            if bar.disable and (begins or done * 10 // total > (done - 1) * 10 // total):
+                shown = "".join(f", {name} {value:.4g}" for name, value in scalars.items())
+                print(f"stage {stage}: {done} of {total}{shown}", file=sys.stderr, flush=True)
             if writer is not None:
                 writer(stage, done, total, scalars)
 

@@ -53,9 +53,9 @@ def write_report(
     outlined = draw_outlines(picture, slide.tissue.contours, scale)
     parts = [_summary(found)]
     if found.path:
-        maps = [_figure(_attention(picture, slide, found, scale), "Attention at the end of the reading")]
+        maps = [_attention(picture, slide, found, scale, "Attention at the end of the reading")]
         if whole is not None and whole.attention:
-            maps.append(_figure(_attention(picture, slide, whole, scale), "Attention, all regions at depth"))
+            maps.append(_attention(picture, slide, whole, scale, "Attention, all regions at depth"))
         parts += [
             "<h2>The path</h2>",
             _figure(draw_path(outlined, slide, found, scale), "Looks in order, from dark to bright"),
@@ -154,11 +154,16 @@ def _summary(found: Prediction) -> str:
     )
 
 
-def _attention(picture: Picture, slide: Slide, found: Prediction, scale: float) -> Picture:
+def _attention(picture: Picture, slide: Slide, found: Prediction, scale: float, caption: str) -> str:
+    """The heat map, from the least to the most attention; the caption tells how far these are apart."""
     values = np.full(len(slide.regions), np.nan)
     own = np.asarray(found.attention)
-    values[found.region_index] = own / max(float(own.max()), 1e-12)
-    return draw_heat(picture, slide.regions, values, scale)
+    low, high = float(own.min()), float(own.max())
+    values[found.region_index] = (own - low) / max(high - low, 1e-12)
+    heat = draw_heat(picture, slide.regions, values, scale)
+    return _figure(
+        heat, f"{caption}: {low:.2%} (dark) to {high:.2%} (bright) a region, {1 / len(own):.2%} were it even"
+    )
 
 
 def _top_regions(slide: Slide, found: Prediction, top: int) -> str:
