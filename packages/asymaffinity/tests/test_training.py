@@ -17,10 +17,11 @@ from torch import multiprocessing
 from training_runs import run, settings
 from two_processes import work
 
-from asymaffinity.checkpoints import CHECKPOINT, load_model, read_checkpoint, read_tensors
+from asymaffinity.checkpoints import CHECKPOINT, load_model, read_checkpoint
 from asymaffinity.settings import Settings, parsed, plain, restored
 from asymaffinity.training import Batches, TrainingDiverged, build_criterion, load_data
 from shared_core import InputError
+from shared_core.checkpoints import read_tensors
 
 # accelerate's and tensorboard's own use of deprecated calls; nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -90,7 +91,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"run with another settings: expected lr 0\.5 \(got 'lr 0\.002'\)"):
         run(tmp_path, tmp_path / "out", resume=True, steps=2, lr=0.5)
     (tmp_path / "out" / CHECKPOINT).write_bytes(b"no")
-    with pytest.raises(InputError, match="is no whole checkpoint of asymaffinity"):
+    with pytest.raises(InputError, match="is no whole checkpoint"):
         run(tmp_path, tmp_path / "out", resume=True, steps=2)
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"config\.json: is no model's description"):

@@ -398,9 +398,9 @@ def test_a_damaged_checkpoint_is_named(
         ({"state": "{"}, tensors, "is damaged"),
         ({"state": "[]"}, tensors, "is damaged"),
         ({"state": json.dumps({**state, "step": "6"})}, tensors, "is damaged: expected step, fingerprint"),
-        ({"csq-checkpoint": "1"}, tensors, "expected a csq checkpoint of format"),
+        ({"checkpoint": "csq 1"}, tensors, "expected a checkpoint of the kind 'csq 4'"),
         ({}, few, "does not fit run.json"),
-        ({}, {"model/x": torch.zeros(1)}, "expected tensors of the model, the optimizer"),
+        ({}, {"model/x": torch.zeros(1)}, "expected the state of the generator"),
     ):
         save_file(left, tmp_path / CHECKPOINT, {**metadata, **changed})
         for arguments in (("inspect", tmp_path), ("harden", tmp_path, "--out", tmp_path / "m.safetensors")):

@@ -48,7 +48,7 @@ def test_training_with_a_cache_a_dev_split_and_resuming(folder, capsys):
     assert run(*options, "--steps", "4") == 2
     assert "holds a run already: go on with --resume" in capsys.readouterr().err
     assert run(*options, "--steps", "4", "--resume", "--objective", "response") == 2
-    assert "the run began with" in capsys.readouterr().err
+    assert "is of a run with another objective: expected Response (got 'Lead')" in capsys.readouterr().err
     assert run(*options, "--steps", "4", "--resume") == 0
 
 

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from csq.checkpoints import (
     Checkpoint,
     model_tensors,
-    optimizer_tensors,
     read_checkpoint,
-    restore_optimizer,
     write_checkpoint,
 )
 from csq.data import ImageData
@@ -32,6 +30,7 @@ from csq.evaluate import top1
 from csq.methods import Hooks, Method, Plan
 from csq.optimizer_groups import param_groups
 from shared_core import InputError
+from shared_core.checkpoints import check_same_run, optimizer_tensors, restore_optimizer
 
 CHECKPOINT = "checkpoint.safetensors"
 _ORDER, _AUGMENTATION = 0, 1  # purposes that seeds are derived for
@@ -188,14 +187,14 @@ def train(
         run = _Run(model, method, data, recipe, folder, record)
         if resume and folder is not None and (folder / CHECKPOINT).exists():
             kept = read_checkpoint(folder / CHECKPOINT)
-            _check_same(kept.fingerprint, run.fingerprint, folder / CHECKPOINT)
+            check_same_run(kept.fingerprint, run.fingerprint, folder / CHECKPOINT)
             run.restore(kept)
         elif start is not None:
             prefix = start.fingerprint | {"method": run.fingerprint["method"]}
             done = len(start.plans)
             if start.fingerprint["method"][:done] != run.fingerprint["method"][:done]:
                 raise InputError("its stages are not those that this method begins with", field="start")
-            _check_same(prefix, run.fingerprint, None)
+            check_same_run(prefix, run.fingerprint, None)
             run.restore(start)
         return run.go_on(stages, progress)
 
@@ -340,23 +339,6 @@ class _Run:
         kept = self.folder / CHECKPOINT if self.folder is not None else None
         kept = f"; the last checkpoint is {kept}" if kept is not None and kept.exists() else ""
         return TrainingDiverged(f"{what}: try a lower learning rate{kept}", field="lr", value=self.recipe.lr)
-
-
-def _check_same(kept: dict[str, Any], ours: dict[str, Any], file: Path | None) -> None:
-    for part, value in ours.items():
-        if kept.get(part) != value:
-            theirs, mine = _difference(kept.get(part), value)
-            raise InputError(
-                f"is of a run with another {part}: expected {mine}", file=file, field=part, value=theirs
-            )
-
-
-def _difference(theirs: Any, ours: Any) -> tuple[Any, Any]:
-    """The first entry in which two parts of a fingerprint differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        key = next(k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k))
-        return f"{key} {theirs.get(key)}", f"{key} {ours.get(key)}"
-    return theirs, ours
 
 
 def bn_batches(

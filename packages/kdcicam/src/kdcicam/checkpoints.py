@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kdcicam.model import CICAM
-from shared_core import InputError
+from shared_core import InputError, checkpoints
 from shared_core.files import atomic_path, write_json
 
 MODEL, CONFIG = "model.safetensors", "config.json"
 FORMAT = "1"
+KIND = "kdcicam 2"
+PARTS = ("model", "optimizer")
+STATE = {"step": int, "fingerprint": dict, "history": list, "running": dict, "scaler": dict}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def load_model(path: Path, backbone: nn.Module | None = None, pool: Path | None 
     except TypeError as error:
         raise InputError(f"does not describe a model: {error}", file=folder / CONFIG) from error
     file = folder / MODEL if path.is_dir() else path
-    state = read_tensors(file)
+    state = checkpoints.read_tensors(file)
     if pool is not None:
         state = {**state, "pool": read_pool(pool)}
     if "pool" not in state:
@@ -119,29 +121,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read named tensors from .safetensors, or else from a file of torch.save, without unpickling code.
-
-    Raises:
-        InputError: It is missing, damaged, or holds something else.
-    """
-    if not path.is_file():
-        raise InputError("there is no such file", file=path)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"is not a whole safetensors file: {error}", file=path) from error
-    found = _weights_only(path)
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError("expected named tensors", file=path)
-    return found
-
-
 def read_pool(path: Path) -> Tensor:
     """Read a pool [K, h, w] (or [1, K, h, w]) from a file of its own.
 
@@ -150,7 +129,11 @@ def read_pool(path: Path) -> Tensor:
     """
     if not path.is_file():
         raise InputError("there is no such file", file=path)
-    found: Any = read_tensors(path) if path.suffix == ".safetensors" else _weights_only(path)
+    found: Any = (
+        checkpoints.read_tensors(path)
+        if path.suffix == ".safetensors"
+        else checkpoints.unpickled_tensors(path)
+    )
     if isinstance(found, dict):
         found = next(iter(found.values())) if len(found) == 1 else found.get("pool")
     if not isinstance(found, Tensor) or found.squeeze(0).ndim != 3:
@@ -158,29 +141,10 @@ def read_pool(path: Path) -> Tensor:
     return found.float().squeeze(0)
 
 
-def _weights_only(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a foreign file makes the reader stumble over
-        raise InputError(
-            "cannot be read without running code from it, which is refused; where you trust it, "
-            "load it yourself and write it again with torch.save(tensor, file)",
-            file=path,
-        ) from error
-
-
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically: a reader sees this checkpoint or the one before."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        f"{part}/{name}": value.detach().cpu().contiguous().clone()
-        for part in ("model", "optimizer")
-        for name, value in getattr(checkpoint, part).items()
-    }
-    plain = {key: getattr(checkpoint, key) for key in ("step", "fingerprint", "history", "running", "scaler")}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"kdcicam-checkpoint": FORMAT, "state": json.dumps(plain)})
+    tensors = {part: getattr(checkpoint, part) for part in PARTS}
+    checkpoints.write_checkpoint(path, KIND, tensors, {name: getattr(checkpoint, name) for name in STATE})
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -189,39 +153,4 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: There is no such file, or it is not such a file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise InputError("there is no such checkpoint", file=path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118 safe_open is no mapping
-                part, _, name = key.partition("/")
-                parts[part][name] = file.get_tensor(key)
-        if metadata.get("kdcicam-checkpoint") != FORMAT:
-            raise InputError(f"expected a kdcicam checkpoint of format {FORMAT}", file=path)
-        state = json.loads(metadata["state"])
-        plain = {name: state[name] for name in ("step", "fingerprint", "history", "running", "scaler")}
-        return Checkpoint(model=parts["model"], optimizer=parts["optimizer"], **plain)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f"is no whole kdcicam checkpoint: {error}", file=path) from error
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors: ``"3.exp_avg"`` is that of its parameter 3."""
-    return {
-        f"{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back into an optimizer of the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return Checkpoint(**checkpoints.read_checkpoint(path, KIND, PARTS, STATE))

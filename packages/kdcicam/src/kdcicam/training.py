@@ -15,9 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcicam.checkpoints import (
     Checkpoint,
-    optimizer_tensors,
     read_checkpoint,
-    restore_optimizer,
     write_checkpoint,
 )
 from kdcicam.flagged import Batch, EpochBatches, collate, derived_seed
@@ -25,6 +23,7 @@ from kdcicam.losses import ClassifierLoss, Teachers, TwoTeacherLoss
 from kdcicam.model import CICAM, CICAMOutput
 from kdcicam.settings import Settings
 from shared_core import InputError
+from shared_core.checkpoints import check_same_run, optimizer_tensors, restore_optimizer
 from shared_core.errors import needs_extra
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -198,10 +197,7 @@ class _Run:
         }
 
     def restore(self, kept: Checkpoint, file: Path) -> None:
-        for part, value in self.fingerprint.items():
-            if kept.fingerprint.get(part) != value:
-                theirs, ours = _difference(kept.fingerprint.get(part), value)
-                raise InputError(f"is of a run with another {part}: expected {ours}", file=file, value=theirs)
+        check_same_run(kept.fingerprint, self.fingerprint, file)
         self.model.load_state_dict(kept.model)
         restore_optimizer(self.optimizer.optimizer, kept.optimizer)
         if kept.scaler and self.accelerator.scaler is not None:
@@ -322,11 +318,3 @@ class _Run:
         return TrainingDiverged(
             f"{what}: try a lower learning rate{where}", field="lr", value=self.settings.lr
         )
-
-
-def _difference(theirs: Any, ours: Any) -> tuple[Any, Any]:
-    """The first entry in which two parts of a fingerprint differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        key = next(k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k))
-        return f"{key} {theirs.get(key)}", f"{key} {ours.get(key)}"
-    return theirs, ours

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from shared_core import InputError
-from shared_core.files import atomic_path
+from shared_core import checkpoints
+from shared_core.checkpoints import check_same_run, optimizer_tensors, restore_optimizer
 
-_FORMAT = "lead-kd checkpoint 1"
+KIND = "lead-kd 2"
+STATE = {"step": int, "settings": dict, "scaler": dict}
 
 
 def write_checkpoint(
@@ -36,19 +34,11 @@ def write_checkpoint(
         optimizers: Optimizers by name.
         scaler: Of losses in float16.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        tensors |= {f"module.{name}.{key}": value for key, value in module.state_dict().items()}
-    for name, optimizer in optimizers.items():
-        for number, state in optimizer.state_dict()["state"].items():
-            for key, value in state.items():
-                tensors[f"optimizer.{name}.{number}.{key}"] = torch.as_tensor(value)
-    own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    about = {"format": _FORMAT, "step": str(step), "settings": json.dumps(settings, sort_keys=True)}
-    if scaler is not None:
-        about["scaler"] = json.dumps(scaler.state_dict())
-    with atomic_path(path) as temporary:
-        save_file(own, temporary, metadata=about)
+    tensors = {f"module.{name}": module.state_dict() for name, module in modules.items()}
+    tensors |= {f"optimizer.{name}": optimizer_tensors(one) for name, one in optimizers.items()}
+    kept = {} if scaler is None else scaler.state_dict()
+    state = {"step": step, "settings": dict(settings), "scaler": kept}
+    checkpoints.write_checkpoint(path, KIND, tensors, state)
 
 
 def read_checkpoint(
@@ -66,39 +56,13 @@ def read_checkpoint(
     Raises:
         InputError: The file is missing, damaged, of another kind, or of a run with other settings.
     """
-    if not path.is_file():
-        raise InputError("there is no checkpoint to go on from; start without --resume", file=path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"is no whole checkpoint ({error})", file=path) from error
-    if about.get("format") != _FORMAT:
-        raise InputError(f"expected the format {_FORMAT!r}", file=path, value=about.get("format"))
-    known = json.loads(about["settings"])
-    wanted = json.loads(json.dumps(settings))
-    for name in sorted({*known, *wanted}):
-        if known.get(name) != wanted.get(name):
-            raise InputError(
-                f"the run began with {known.get(name)!r}; go on with that, or start anew in another folder",
-                file=path,
-                field=name,
-                value=wanted.get(name),
-            )
+    parts = [f"module.{name}" for name in modules] + [f"optimizer.{name}" for name in optimizers]
+    kept = checkpoints.read_checkpoint(path, KIND, parts, STATE)
+    check_same_run(kept["settings"], settings, path)
     for name, module in modules.items():
-        prefix = f"module.{name}."
-        module.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        )
+        module.load_state_dict(kept[f"module.{name}"])
     for name, optimizer in optimizers.items():
-        prefix = f"optimizer.{name}."
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith(prefix):
-                number, _, field = key.removeprefix(prefix).partition(".")
-                state.setdefault(int(number), {})[field] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    if scaler is not None and "scaler" in about:
-        scaler.load_state_dict(json.loads(about["scaler"]))
-    return int(about["step"])
+        restore_optimizer(optimizer, kept[f"optimizer.{name}"])
+    if scaler is not None and kept["scaler"]:
+        scaler.load_state_dict(kept["scaler"])
+    return kept["step"]
