@@ -35,7 +35,9 @@ def test_a_coco_folder_trains_evaluates_predicts_and_is_diagnosed(tmp_path: Path
     out, images = tmp_path / "run", tmp_path / "images"
     common = ("--data", file, "--images", images)
     assert command("train", *common, "--depth", tmp_path / "depth", "--out", out, *SMALL) == 0
-    assert "masks/trivial" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "masks/trivial" in said
+    assert "depth: street_000.png: disparity, median 1.5, range" in said
     again = ("train", *common, "--depth", tmp_path / "depth", "--out", out, *SMALL)
     assert command(*again) == 2
     assert "holds a run already; --resume goes on with it" in capsys.readouterr().err

@@ -14,7 +14,15 @@ import torch
 import trees
 from PIL import Image
 
-from asymaffinity.datasets import BoxImages, cityscapes_boxes, coco_boxes, collate, mirrored, read_image
+from asymaffinity.datasets import (
+    BoxImages,
+    cityscapes_boxes,
+    coco_boxes,
+    collate,
+    first_depth,
+    mirrored,
+    read_image,
+)
 from asymaffinity.depth import (
     CONVENTIONS,
     convention,
@@ -239,6 +247,26 @@ def test_numbers_whose_meaning_is_not_stated_or_not_plausible_are_refused(tmp_pa
         read_field(tmp_path / "a.npy", CONVENTIONS["metres"])
     words = describe(np.array([[0, 512, 1024]], np.float32), CONVENTIONS["kitti"])
     assert words == "median 3, range 2 to 4, 67% known"
+
+
+def test_the_first_depth_map_is_described(tmp_path: Path):
+    """Depth of another kind, and one of another size, are seen before training."""
+    file = trees.coco(tmp_path)
+    data = coco_boxes(file, tmp_path / "images", depth=tmp_path / "depth")
+    words = first_depth(data)
+    assert words is not None
+    assert words.startswith("street_000.png: disparity, median 1.5, range 0.05 to ")
+    assert "resized" not in words
+    small = np.full((32, 32), 1501, np.uint16)
+    Image.fromarray(small).save(tmp_path / "depth" / "street_000.png")
+    assert first_depth(data) == (
+        "street_000.png: disparity, median 1.5, range 1.5 to 1.5, 100% known; "
+        "32x32 is resized to its image's 64x64"
+    )
+    Image.fromarray(0 * small).save(tmp_path / "depth" / "street_000.png")
+    with pytest.raises(InputError, match="no pixel is known"):
+        first_depth(data)
+    assert first_depth(coco_boxes(file, tmp_path / "images")) is None
 
 
 def test_a_data_set_of_ones_own_records():

@@ -111,12 +111,15 @@ def train(
     with command.warnings_in_one_line():
         from asymaffinity import training
         from asymaffinity.checkpoints import CHECKPOINT
+        from asymaffinity.datasets import first_depth
 
         if (out / CHECKPOINT).exists() and not resume:
             raise InputError("holds a run already; --resume goes on with it", file=out)
         boxes = training.load_data(asked)
         for what, count in boxes.skipped.items():
             print(f"left out: {count} {what}")
+        if (words := first_depth(boxes)) is not None:
+            print(f"depth: {words}")
         model = training.build_model(asked, len(boxes.classes))
         with _bar("training", asked.steps) as step:
             trained = training.train(

@@ -101,6 +101,24 @@ class BoxImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return image, target
 
 
+def first_depth(data: BoxImages) -> str | None:
+    """What the first image's depth map holds, for a user to see whether its kind is right; None without any.
+
+    Raises:
+        InputError: It cannot be read, or no pixel of it is known.
+    """
+    record = next((record for record in data.records if record.depth is not None), None)
+    if record is None or record.depth is None or data.meaning is None:
+        return None
+    depth_maps.read_field(record.depth, data.meaning, data.field)
+    numbers = depth_maps.read_numbers(record.depth)
+    height, width = read_image(record.image).shape[1:]
+    words = f"{record.depth.name}: {data.meaning.kind}, {depth_maps.describe(numbers, data.meaning)}"
+    if numbers.shape != (height, width):
+        words += f"; {numbers.shape[0]}x{numbers.shape[1]} is resized to its image's {height}x{width}"
+    return words
+
+
 def mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Left and right swapped."""
     width = image.shape[2]
