@@ -257,7 +257,7 @@ def cell_gradient(
     rows, columns = grid_size(height, width, stride)
     known = None if field.sum().isfinite() else field.isfinite()
     values = field if known is None else torch.where(known, field, 0)
-    padded = _mirrored(values, (rows + 1) * stride, (columns + 1) * stride)
+    padded = _mirrored(values, rows * stride, columns * stride)
     smooth, slope = (
         F.conv1d(padded.new_tensor(taps).view(1, 1, -1), padded.new_full((1, 1, stride), 1 / stride),
                  padding=stride - 1)[0, 0]
@@ -268,22 +268,20 @@ def cell_gradient(
     valid = torch.ones(count, rows, columns, dtype=torch.bool, device=field.device)
     if known is None and height >= rows * stride and width >= columns * stride:
         return mean, valid
-    missing = (
-        torch.zeros_like(padded) if known is None else _mirrored((~known).to(field.dtype), *_size(padded))
-    )
+    missing = torch.zeros_like(padded)
+    if known is not None:
+        missing = _mirrored((~known).to(field.dtype), rows * stride, columns * stride)
     side = stride + 4
     near = F.conv2d(missing[:, None], missing.new_ones(1, 1, side, side), stride=stride)
     special = near[:, 0, :rows, :columns] > 0
     special[:, -1] |= height < rows * stride
     special[:, :, -1] |= width < columns * stride
     image, row, column = torch.where(special)
-    reach = torch.arange(side, device=field.device)
-    at = (
-        image[:, None, None],
-        (row * stride)[:, None, None] + reach[:, None],
-        (column * stride)[:, None, None] + reach,
+    patches, lacking = (
+        whole.unfold(1, side, stride).unfold(2, side, stride)[image, row, column]
+        for whole in (padded, missing)
     )
-    own, share = _patch_gradient(padded[at], missing[at], row, column, (height, width), stride)
+    own, share = _patch_gradient(patches, lacking, row, column, (height, width), stride)
     enough = share >= min_valid - 1e-6
     mean[image, :, row, column] = own * enough[:, None]
     valid[image, row, column] = enough
@@ -315,23 +313,17 @@ def similarity_quantiles(
     return torch.quantile(together, together.new_tensor([0.1, 0.5, 0.9])).tolist()
 
 
-def _size(values: Tensor) -> tuple[int, int]:
-    return values.shape[-2] - 4, values.shape[-1] - 4
-
-
-def _mirrored(values: Tensor, height: int, width: int) -> Tensor:
-    """Two pixels more on each side, such that a mean of 3 x 3 repeats its border; then up to a size + 4.
+def _mirrored(values: Tensor, rows: int, columns: int) -> Tensor:
+    """Two pixels more on each side, such that a mean of 3 x 3 repeats its border; at least so many + 4.
 
     A repeated border (f0, f0, f1) has the mean that one pixel further (f1, f0, f0) has.
     """
-    for axis, size in ((1, height), (2, width)):
-        length = values.shape[axis]
-        near = torch.tensor([min(1, length - 1), 0, length - 1, max(0, length - 2)], device=values.device)
-        first, last = values.index_select(axis, near[:2]), values.index_select(axis, near[2:])
-        shape = list(values.shape)
-        shape[axis] = max(0, size - length)
-        values = torch.cat([first, values, last, values.new_zeros(shape)], axis)
-    return values
+    height, width = values.shape[1:]
+    more = (2, 2 + max(0, columns - width), 2, 2 + max(0, rows - height))
+    made = F.pad(values[:, None], more, mode="replicate")[:, 0]
+    made[:, 0], made[:, height + 3] = made[:, 3], made[:, height]
+    made[:, :, 0], made[:, :, width + 3] = made[:, :, 3], made[:, :, width]
+    return made
 
 
 def _patch_gradient(

@@ -233,7 +233,7 @@ def coco_boxes(
         labels = np.array([label_of[a["category_id"]] for a in own], dtype=np.int64)
         path = images / image["file_name"]
         map_ = depth_maps.find(depth, Path(image["file_name"]).stem) if depth is not None else None
-        parts = tuple(a.get("segmentation") for a, kept in zip(own, solid, strict=True) if kept)
+        parts = tuple(a.get("segmentation") for a, kept in zip(own, solid.tolist(), strict=True) if kept)
         records.append(
             Record(int(image["id"]), path, boxes[solid], labels[solid], map_, parts if masks else None)
         )

@@ -7,6 +7,7 @@ image, is valid, and looks alike (BoxInst, equation 4 and section 3.4).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -156,12 +157,13 @@ def alike(
         raise InputError("expected a number above 0", field="theta", value=theta)
     if not 0 < thresh <= 1:
         raise InputError("expected a similarity above 0, at most 1", field="thresh", value=thresh)
+    furthest = -theta * math.log(thresh)
     bits = torch.zeros(features.shape[0], *features.shape[2:], dtype=word(kernel), device=features.device)
     last = len(offsets) - 1
     for n in range(len(offsets) // 2):
         dy, dx = offsets[n]
         (ya, yb), (xa, xb) = shifted(features.shape[2], dy), shifted(features.shape[3], dx)
-        kept = torch.exp(-distances(features, offsets[n]) / theta) >= thresh
+        kept = distances(features, offsets[n]) <= furthest
         there = back = kept
         if valid is not None:
             a, b = valid[:, ya, xa], valid[:, yb, xb]

@@ -109,7 +109,8 @@ class BoxSupRoIHeads(RoIHeads):
         proposals, matched, labels = self._samples
         self._samples = None
         regions, boxes, classes, owners, truths = [], [], [], [], []
-        true_masks = self.transform.masks  # type: ignore[union-attr] set past Module
+        transform: BoxSupTransform = self.transform  # type: ignore[assignment] set past Module
+        true_masks = transform.masks
         for n, (region, match, label) in enumerate(zip(proposals, matched, labels, strict=True)):
             chosen = torch.where(label > 0)[0]
             regions.append(enlarged(region[chosen], self.enlarge, image_shapes[n]))
