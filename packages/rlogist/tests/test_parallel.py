@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -64,6 +66,43 @@ def test_processes_give_results_in_order_and_outlive_a_process_that_dies(work_mo
 def test_jobs_below_one_are_refused():
     with pytest.raises(InputError, match=r"jobs: expected at least 1 \(got 0\)"):
         run_all(_work, [1], jobs=0)
+
+
+def test_ray_is_started_where_no_cluster_runs_and_outlives_a_worker_that_dies(monkeypatch):
+    """A stand-in of Ray's interface; the test below runs Ray itself."""
+    started, asked = [], {}
+
+    class WorkerCrashedError(Exception):
+        pass
+
+    class Remote:
+        def __init__(self, work):
+            self.remote = lambda *arguments: (work, arguments)
+
+    def init(address=None, **options):
+        if address:
+            raise ConnectionError("no cluster")
+        started.append(options)
+
+    def get(reference):
+        work, arguments = reference
+        if arguments[2] == 4:
+            raise WorkerCrashedError("it crashed\nand more")
+        return work(*arguments)
+
+    ray = ModuleType("ray")
+    exceptions = ModuleType("ray.exceptions")
+    exceptions.RayError = WorkerCrashedError
+    ray.is_initialized, ray.init, ray.get = (lambda: bool(started)), init, get
+    ray.remote = lambda **options: asked.update(options) or Remote
+    ray.wait = lambda references, num_returns: (references[-num_returns:], references[:-num_returns])
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
+    for _ in range(2):
+        done = run_all(_work, [0, 2, 4, 5], jobs=3, backend="ray", gpus=1)
+        assert [one.result for one in done] == [0, None, None, 50]
+        assert [one.error for one in done] == [None, "a broken slide", "the worker died: it crashed", None]
+    assert (len(started), started[0]["num_cpus"], asked["num_gpus"]) == (1, 3, 1)
 
 
 # Ray leaves its processes' output files to the garbage collector.

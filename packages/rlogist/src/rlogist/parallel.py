@@ -4,6 +4,7 @@ A slide may be damaged, and a damaged slide may even kill the process that reads
 and what failed is told at the end.
 """
 
+import logging
 import multiprocessing
 import os
 import traceback
@@ -128,6 +129,7 @@ def _with_ray(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, gpus:
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
         raise InputError("ray is not installed: pip install 'rlogist[ray]'") from error
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if not ray.is_initialized():
         with warnings.catch_warnings():
             # Ray tells every caller of a coming change about GPUs, which tasks here ask for where needed.
@@ -135,9 +137,9 @@ def _with_ray(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int, gpus:
                 "ignore", message="Tip: In future versions of Ray", category=FutureWarning
             )
             try:
-                ray.init(address="auto", log_to_driver=False)  # of `ray start`, here or in RAY_ADDRESS
+                ray.init(address="auto", **quiet)  # of `ray start`, here or in RAY_ADDRESS
             except ConnectionError:
-                ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
+                ray.init(num_cpus=jobs, include_dashboard=False, **quiet)
     remote = ray.remote(max_retries=1, num_gpus=gpus)(attempt)
     waiting = {remote.remote(work, index, task): index for index, task in enumerate(tasks)}
     while waiting:
