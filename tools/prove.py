@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -59,6 +60,26 @@ def prove(member: Member, runs: Path, *, quick: bool, timeout: float, console: C
     return outcome
 
 
+def repeated(
+    member: Member, runs: Path, outcome: Outcome, *, quick: bool, timeout: float, console: Console
+) -> Outcome:
+    """Runs a proof again, and calls it crashed where its numbers are others than the first time."""
+    again = runs / "again"
+    if outcome.status == "crashed":
+        return outcome
+    second = prove(member, again, quick=quick, timeout=timeout, console=console)
+    if second.status == "crashed":
+        return second
+    found = record.differences(*(record.load(at / member.name / record.PROOF) for at in (runs, again)))
+    for line in found:
+        console.print(f"  {escape(line)}", style="red", highlight=False, soft_wrap=True)
+    if not found:
+        console.print(f"[bold]{member.name}[/]  the second run gave the same numbers", highlight=False)
+        return outcome
+    reason = f"{len(found)} numbers are others in a second run: {found[0]}"
+    return replace(outcome, status="crashed", reason=reason)
+
+
 def under_construction(member: Member) -> bool:
     """Whether the package has code but no proof so far: `make prove` says so and runs the others."""
     code = member.folder / "src" / member.import_name
@@ -96,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.prove", description=__doc__)
     parser.add_argument("--package", help="only this package")
     parser.add_argument("--quick", action="store_true", help="the packages' short proofs, which show less")
+    parser.add_argument(
+        "--again", action="store_true", help="run each proof twice: all but measured times must be the same"
+    )
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one proof may take (900)")
     parser.add_argument("--runs", type=Path, help="where results go (runs/ in the workspace)")
     parser.add_argument(
@@ -119,10 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen.remove(member)
     earlier = record.read_summary(runs)
     (runs / record.SUMMARY).unlink(missing_ok=True)
-    outcomes = [
-        prove(member, runs, quick=arguments.quick, timeout=arguments.timeout, console=console)
-        for member in chosen
-    ]
+    options = {"quick": arguments.quick, "timeout": arguments.timeout, "console": console}
+    outcomes = [prove(member, runs, **options) for member in chosen]
+    if arguments.again:
+        outcomes = [
+            repeated(member, runs, outcome, **options)
+            for member, outcome in zip(chosen, outcomes, strict=True)
+        ]
     code = max((record.EXIT_CODES[outcome.status] for outcome in outcomes), default=0)
     everything = merged(outcomes, earlier, order)
     record.write_summary(everything, code, runs)

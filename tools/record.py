@@ -43,6 +43,7 @@ class Metric:
     higher_is_better: bool | None = None
     unit: str = ""
     fmt: str = ".3f"
+    measured: bool = False
 
     def show(self, value: float, *, sign: bool = False) -> str:
         """The value as the package wants its numbers written; ``sign`` for differences."""
@@ -236,11 +237,32 @@ def _metrics(record: _Fields, methods: dict[str, dict[str, list[float]]]) -> lis
         name = one.text("name")
         better = one.optional("higher_is_better", bool, None)
         unit, fmt = one.optional("unit", str, ""), one.optional("fmt", str, ".3f")
-        declared.append(Metric(name, one.optional("label", str, name), better, unit, fmt))
+        measured = one.optional("measured", bool, False)
+        declared.append(Metric(name, one.optional("label", str, name), better, unit, fmt, measured))
     known = {metric.name for metric in declared}
     used = dict.fromkeys(name for metrics in methods.values() for name in metrics)
     return [m for m in declared if m.name in used] + [
         Metric(name, name) for name in used if name not in known
+    ]
+
+
+def differences(first: Proof, second: Proof) -> list[str]:
+    """What two runs of the same proof do not have in common, but for what is measured on the machine."""
+    measured = {metric.name for metric in first.metrics if metric.measured}
+
+    def numbers(proof: Proof) -> dict[str, list[float]]:
+        return {
+            f"{method}, {metric}": values
+            for method, metrics in proof.methods.items()
+            for metric, values in metrics.items()
+            if metric not in measured
+        }
+
+    one, other = numbers(first), numbers(second)
+    return [
+        f"{name}: {one.get(name)} and {other.get(name)}"
+        for name in {**one, **other}
+        if one.get(name) != other.get(name)
     ]
 
 

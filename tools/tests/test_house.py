@@ -2,11 +2,12 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tools import workspace
+from tools import api, workspace
 from tools.constraints import pins
 from tools.prove import under_construction
 
@@ -114,3 +115,20 @@ def test_an_old_python_gets_one_clear_line(tmp_path: Path) -> None:
 def test_shell_scripts_parse(script: str) -> None:
     done = subprocess.run(["sh", "-n", str(ROOT / script)], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("member", workspace.packages(), ids=lambda member: member.name)
+def test_a_package_is_imported_in_less_than_3_seconds_of_work(member: workspace.Member) -> None:
+    """Processor time, which other work on the machine does not lengthen much; the best of two."""
+    code = (
+        f"import time; a = time.process_time(); import {member.import_name}; print(time.process_time() - a)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(2)
+    ]
+    assert min(times) < 3
+
+
+def test_readmes_list_all_public_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert api.main(["--check"]) == 0, f"run python -m tools.api: {capsys.readouterr().out}"

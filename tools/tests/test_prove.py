@@ -166,3 +166,26 @@ def test_the_childs_table_is_shown_and_its_progress_is_not(
     assert "50 %" not in out
     log = (fake.root / "runs" / "one" / "prove.log").read_text()
     assert sorted(log.split()) == ["%", "100", "claim", "holds", "|"]
+
+
+def test_numbers_must_be_the_same_the_second_time_but_for_what_is_measured(
+    fake: FakeWorkspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = [{"name": "accuracy", "measured": True}]
+    drifting = "a['methods']['{0}']['accuracy'] = [time.time(), 0.8]"
+    for name, declared, change in (
+        ("steady", [], ""),
+        ("drifts", [], drifting.format("drifts")),
+        ("measured", measured, drifting.format("measured")),
+    ):
+        script = (
+            f"a = {proof(name, metrics=declared)!r}\n{change}\n(out / 'proof.json').write_text(json.dumps(a))"
+        )
+        fake.package(name, script)
+    assert run(fake) == 0
+    assert run(fake, "--again") == 70
+    assert {name: one.status for name, one in outcomes(fake).items()} == {
+        "drifts": "crashed", "measured": "holds", "steady": "holds",
+    }  # fmt: skip
+    assert "1 numbers are others in a second run: drifts, accuracy: [" in outcomes(fake)["drifts"].reason
+    assert capsys.readouterr().out.count("the second run gave the same numbers") == 2
