@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PKG ?=
 QUICK ?=
+AGAIN ?=
 UV ?= 1
 export UV
 
@@ -17,6 +18,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 help:
 	@echo "make setup                    make $(VENV) and install every package, editable; nothing when nothing changed"
 	@echo "make prove [PKG=x] [QUICK=1]  run the proofs on real data; writes runs/report.html"
+	@echo "           [AGAIN=1]          ... each twice: their numbers must be the same, but for times"
 	@echo "make test  [PKG=x]            run the tests of shared/, tools/ and all packages"
 	@echo "make lint                     ruff, basedpyright, deptry"
 	@echo "make bench [PKG=x]            measure against what a user would pick instead; writes runs/bench.html"
@@ -35,7 +37,8 @@ $(STAMP): tools/setup.sh tools/uv-env.sh pyproject.toml constraints.txt embedded
 	@touch $@
 
 prove: setup
-	@$(RUN) -m tools.prove $(if $(PKG),--package $(PKG)) $(if $(filter-out 0,$(QUICK)),--quick)
+	@$(RUN) -m tools.prove $(if $(PKG),--package $(PKG)) $(if $(filter-out 0,$(QUICK)),--quick) \
+		$(if $(filter-out 0,$(AGAIN)),--again)
 
 test: setup
 	@$(RUN) -m tools.suite $(if $(PKG),--package $(PKG))

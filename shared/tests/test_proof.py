@@ -128,7 +128,14 @@ def contents(draw) -> dict:
         "quick": draw(st.booleans()),
         "claims": claims,
         "metrics": [
-            {"name": name, "label": name, "higher_is_better": draw(st.booleans()), "unit": "", "fmt": ".3f"}
+            {
+                "name": name,
+                "label": name,
+                "higher_is_better": draw(st.booleans()),
+                "unit": "",
+                "fmt": ".3f",
+                "measured": False,
+            }
             for name in metrics
         ],
         "pictures": draw(st.lists(names, max_size=2)),
@@ -286,7 +293,7 @@ def test_the_table_shows_each_method_with_its_spread_and_the_paired_difference(t
 def test_a_difference_is_green_where_every_seed_is_better_and_red_where_every_seed_is_worse(
     tmp_path, higher_is_better, style
 ):
-    metric = Metric("top1", "top-1", higher_is_better, "", ".1f")
+    metric = Metric("top1", "top-1", higher_is_better, "", ".1f", False)
     record = replace(record_of(tmp_path), metrics=[metric])
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
     show(record, console)

@@ -248,7 +248,7 @@ def _metrics(stage: Stage, study: Study, where: str, *, rates: bool = True) -> N
         if "migperf" not in table:
             continue
         name = f"{kind} {where}"
-        stage.run.metric(name, label, higher_is_better=higher, fmt=".1f")
+        stage.run.metric(name, label, higher_is_better=higher, fmt=".1f", measured=True)
         for arm, values in table.items():
             for value in values:
                 stage.run.add(arm, name, value)

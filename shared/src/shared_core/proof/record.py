@@ -17,13 +17,17 @@ FILE_NAME = "proof.json"
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of numbers: how it is called, which way is better, its unit and number format."""
+    """A column of numbers: how it is called, which way is better, its unit and number format.
+
+    `measured`: a time or a rate of this machine; all other numbers are the same whenever the seeds are.
+    """
 
     name: str
     label: str
     higher_is_better: bool
     unit: str
     fmt: str
+    measured: bool
 
     def show(self, value: float, *, sign: bool = False) -> str:
         """The value in the metric's format, with the sign of a difference where asked for."""

@@ -92,6 +92,7 @@ class ProofRun:
         higher_is_better: bool = True,
         unit: str = "",
         fmt: str = ".3f",
+        measured: bool = False,
     ) -> None:
         """Declare a metric, in the order of the table.
 
@@ -101,11 +102,12 @@ class ProofRun:
             higher_is_better: Which way is better.
             unit: Shown beside the label.
             fmt: Format of a number, as for `format`.
+            measured: Whether it is a time or a rate of this machine, which no other run repeats exactly.
         """
         if name in self._metrics:
             raise ValueError(f"metric {name!r} is declared twice")
         format(0.0, fmt)  # a wrong format shows here and not after the run
-        self._metrics[name] = Metric(name, label or name, bool(higher_is_better), unit, fmt)
+        self._metrics[name] = Metric(name, label or name, bool(higher_is_better), unit, fmt, measured)
 
     def add(self, method: str, metric: str, value: SupportsFloat) -> None:
         """Append the value of the next seed. The method that is proved is named like the package."""
