@@ -3,7 +3,7 @@
 A page under docs/ asks for it by a comment on a line of its own:
 
 - ``<!-- readme NAME: Proof | Limits -->`` the README sections of package NAME (``.`` for the root's) whose
-  headings begin with one of these words; ``readme?`` puts a sentence in their place where there are none,
+  headings begin with one of these words,
 - ``<!-- readme NAME except: Install | Citation -->`` all other sections of that README,
 - ``<!-- api NAME -->`` the public names of the package, rendered from its source by mkdocstrings,
 - ``<!-- file PATH -->`` a whole Markdown file of the repository,
@@ -23,7 +23,7 @@ from pathlib import Path
 from tools import workspace
 from tools.workspace import Member, WorkspaceError
 
-DIRECTIVE = re.compile(r"^<!-- (readme\??|api|file|changelogs)(?: (\S.*?))? -->$", re.M)
+DIRECTIVE = re.compile(r"^<!-- (readme|api|file|changelogs)(?: (\S.*?))? -->$", re.M)
 _FENCE = re.compile(r"^ *(```+|~~~+)")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 _LIST = re.compile(r"^ {0,3}(?:[-*+]|\d+\.) ")
@@ -58,9 +58,6 @@ def _answer(what: str, argument: str, page: str, root: Path) -> str:
     named = [heading for heading in parts if heading.lower().startswith(tuple(wanted))]
     kept = [heading for heading in parts if (heading in named) != (condition == "except")]
     if not kept:
-        if what == "readme?":
-            names = listed.strip().split(" | ")
-            return f"## {names[0]}\n\nThe package's README has no section on this yet ({', '.join(names)})."
         raise DocsError(f"docs/{page}: {folder.name}/README.md has no section named {listed.strip()}")
     text = "\n\n".join(f"## {heading}\n\n{parts[heading]}" for heading in kept)
     return adapted(text, folder.relative_to(root).as_posix(), page, root)

@@ -38,7 +38,7 @@ def test_a_method_page_gives_the_figures_of_its_readme_and_the_public_names(
 ) -> None:
     page = f"methods/{member.name}.md"
     source = (ROOT / "docs" / page).read_text()
-    assert re.search(rf"^<!-- readme\?? {member.name}:.*\b(Proof|What was measured)\b", source, re.M)
+    assert re.search(rf"^<!-- readme {member.name}:.*\b([Pp]roof|What was measured)\b", source, re.M)
     text = docs_text.expand(source, page)
     for name in docs_text.public_names(member):
         assert f"\n::: {member.import_name}.{name}\n" in f"{text}\n"
@@ -124,9 +124,6 @@ def test_what_is_not_there_is_named(root: Path) -> None:
         docs_text.expand("<!-- file NO.md -->", "x.md", root)
     with pytest.raises(DocsError, match=r"docs/x\.md: not understood: readme one"):
         docs_text.expand("<!-- readme one -->", "x.md", root)
-    assert "no section on this yet (Proof, Limits)" in docs_text.expand(
-        "<!-- readme? one: Proof | Limits -->", "x.md", root
-    )
 
 
 def test_changelogs_stand_below_their_packages(root: Path) -> None:
