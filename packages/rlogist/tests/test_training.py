@@ -13,6 +13,7 @@ from rlogist.modules import Critic, Modules, Policy
 from rlogist.ppo import PPO, PPOSettings, advantages
 from rlogist.stage import run_stage
 from rlogist.staged import StagedSettings
+from shared_core import InputError
 
 FAST = StagedSettings(
     epochs=25, lr=5e-3, batch=4, track_from=2, min_epochs=10, patience=5, global_epochs=8, mixed_epochs=5
@@ -164,6 +165,21 @@ def test_stage_a_goes_on_to_the_same_bits():
         second.epoch()
     for key, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_stage_a_warms_up_and_falls_along_half_a_cosine():
+    settings = StagedSettings(epochs=10, lr=1.0, warmup=2, final_lr=0.1)
+    rates = [settings.rate(epoch) for epoch in range(11)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates[6] == pytest.approx((1 + 0.1) / 2)
+    assert rates[10] == pytest.approx(0.1)
+    assert StagedSettings(lr=2e-4).rate(0) == StagedSettings(lr=2e-4).rate(199) == 2e-4  # the released code's
+    stage = FullObservation(modules(2), bags(8), [], settings, seed=5)
+    for _ in range(2):
+        stage.epoch()
+    assert [group["lr"] for group in stage.optimizer.param_groups] == pytest.approx([2 / 3])
+    with pytest.raises(InputError, match="warmup below epochs"):
+        StagedSettings(epochs=3, warmup=3)
 
 
 def test_smooth_svm_by_hand():

@@ -226,17 +226,18 @@ def _number(plan: DemoSlide) -> int:
 
 def _groups(world: DemoWorld, lobes: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """Outlines of groups that lie in tissue, as far apart as a few hundred draws find them."""
+    draws = rng.uniform(0.1 * world.size, 0.9 * world.size, (800, world.groups, 2))
+    gaps = np.linalg.norm(draws[:, :, None] - draws[:, None], axis=-1) + np.eye(world.groups) * 1e9
     best, widest = None, -math.inf
-    for centres in rng.uniform(0.1 * world.size, 0.9 * world.size, (800, world.groups, 2)):
-        outlines = [_blob(centre, world.group_radius * rng.uniform(0.85, 1.15), rng) for centre in centres]
-        x, y = (np.concatenate(outlines) / world.size * 2 - 1).T
-        if (np.hypot(x, y) > _edge(np.arctan2(y, x), lobes) - 0.05).any():
-            continue
-        gaps = np.linalg.norm(centres[:, None] - centres, axis=-1) + np.eye(world.groups) * 1e9
-        if gaps.min() > widest:
-            best, widest = outlines, gaps.min()
+    for centres, gap in zip(draws, gaps.min(axis=(1, 2)), strict=True):
         if widest > 2.4 * world.group_radius:
             break
+        if gap <= widest:
+            continue
+        outlines = [_blob(centre, world.group_radius * rng.uniform(0.85, 1.15), rng) for centre in centres]
+        x, y = (np.concatenate(outlines) / world.size * 2 - 1).T
+        if (np.hypot(x, y) <= _edge(np.arctan2(y, x), lobes) - 0.05).all():
+            best, widest = outlines, gap
     if best is None:
         raise InputError(
             f"{world.groups} groups of this radius do not fit into the tissue of {world.size} pixels",

@@ -81,6 +81,8 @@ class FullObservation(Stage):
         """Every slide once on average, classes equally often."""
         self.modules.train()
         generator, losses = derived_generator(self.seed, 1, self.done), []
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(self.done)
         with seeded(generator):
             for batch in _balanced(self.bags, self.settings.batch, generator):
                 loss = self._loss([_some_regions(bag, self.settings.keep, generator) for bag in batch])

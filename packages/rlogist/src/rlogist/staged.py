@@ -5,6 +5,7 @@ random looks (`foreseeing`). B2: the classifier is fine-tuned on partly observed
 since before it never met mixed ones (`mixed_states`).
 """
 
+import math
 from dataclasses import dataclass
 
 from shared_core import InputError
@@ -17,6 +18,8 @@ class StagedSettings:
     Args:
         epochs: Of stage A, at most.
         lr: Learning rate of stage A (Adam).
+        warmup: Epochs in which stage A's rate rises to `lr`.
+        final_lr: Share of `lr` to which it falls until the last epoch, along half a cosine; 1 keeps it.
         weight_decay: Of stage A.
         batch: Slides a step.
         instance_weight: Share of the instance loss beside cross-entropy; 0 leaves it out.
@@ -37,6 +40,8 @@ class StagedSettings:
 
     epochs: int = 200
     lr: float = 2e-4
+    warmup: int = 0
+    final_lr: float = 1.0
     weight_decay: float = 1e-5
     batch: int = 1
     instance_weight: float = 0.3
@@ -59,3 +64,12 @@ class StagedSettings:
                 raise InputError("expected at least 1", field=name, value=getattr(self, name))
         if not 0 <= self.instance_weight < 1:
             raise InputError("expected 0 to below 1", field="instance_weight", value=self.instance_weight)
+        if not 0 <= self.final_lr <= 1 or not 0 <= self.warmup < self.epochs:
+            raise InputError("expected final_lr from 0 to 1, and warmup below epochs")
+
+    def rate(self, epoch: int) -> float:
+        """Stage A's learning rate in an epoch, counted from 0."""
+        if epoch < self.warmup:
+            return self.lr * (epoch + 1) / (self.warmup + 1)
+        passed = (epoch - self.warmup) / (self.epochs - self.warmup)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * passed)) / 2)

@@ -54,9 +54,9 @@ class StainExtractor:
         stains = separate_stains(density)
         he = stains[:, :2]
         flat = he.flatten(2)
-        # Sorting and indexing gives quantiles several times faster than torch.quantile.
+        # Sorting by NumPy and indexing is several times faster than torch's sort, and than torch.quantile.
         places = [round(q * (flat.shape[-1] - 1)) for q in _QUANTILES]
-        quantiles = flat.sort(dim=-1).values[..., places]
+        quantiles = torch.from_numpy(np.sort(flat.numpy(), axis=-1)[..., places])
         parts = [flat.mean(-1), flat.std(-1), quantiles.flatten(1), *_bands(he)]
         parts += [stains[:, 2].mean(dim=(1, 2))[:, None], density.mean(dim=(2, 3))]
         return torch.cat(parts, dim=1)
