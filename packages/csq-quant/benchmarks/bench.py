@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -26,8 +25,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import csq
@@ -37,7 +34,7 @@ from csq.resnet import resnet20
 from csq.rivals import SteWeight
 from csq.rivals import attach as attach_rival
 from csq.storage import pack_codes, unpack_codes
-from shared_core.files import write_json
+from shared_core.bench import finish, row
 from shared_core.proof.environment import own_peak_bytes, reset_own_peak
 
 LATE_PLANES = 2
@@ -53,6 +50,7 @@ class NaivePlanes(BitPlanes):
         return naive_bit_weight(self.positive, self.negative, self.mask, scale, self.temperature)
 
 
+TORCH = version("torch")
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ResNet-20, batch 128": (resnet20, (128, 3, 32, 32)),
     "ViT width 384, 4 blocks, 64 tokens, batch 4": (
@@ -130,29 +128,27 @@ def print_peak(model_name: str, variant: str) -> None:
     print(own_peak_bytes() - before)
 
 
-def row(what: str, ours: float, theirs: float, peer: str, unit: str) -> dict[str, Any]:
-    release = version("torch")
-    return {
-        "what": what, "ours": ours, "theirs": theirs, "peer": peer, "peer_version": release,
-        "ratio": theirs / ours, "unit": unit,
-    }  # fmt: skip
-
-
 def training_rows(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name in MODELS:
         times = {variant: 1e3 * value for variant, value in step_times(name, rounds).items()}
         for kernel in ("compiled", "eager"):
-            rows.append(row(f"step, {name}, {kernel}", times[kernel], times["naive"], "naive planes", "ms"))
+            rows.append(
+                row(f"step, {name}, {kernel}", times[kernel], times["naive"], "naive planes", TORCH, "ms")
+            )
             peer = "STE-QAT of 2 bits, the same loop"
-            rows.append(row(f"step, {name}, {kernel}", times[kernel], times["STE-QAT"], peer, "ms"))
+            rows.append(row(f"step, {name}, {kernel}", times[kernel], times["STE-QAT"], peer, TORCH, "ms"))
             late = times[f"{kernel}, late"]
-            rows.append(row(f"step of the last third, {name}, {kernel}", late, times["STE-QAT"], peer, "ms"))
+            rows.append(
+                row(f"step of the last third, {name}, {kernel}", late, times["STE-QAT"], peer, TORCH, "ms")
+            )
         if not Path("/proc/self/clear_refs").exists():
             continue
         memory = {variant: peak(name, variant) / 2**20 for variant in ("eager", "naive", "STE-QAT")}
-        rows.append(row(f"peak memory, {name}", memory["eager"], memory["naive"], "naive planes", "MiB"))
-        rows.append(row(f"peak memory, {name}", memory["eager"], memory["STE-QAT"], "STE-QAT", "MiB"))
+        rows.append(
+            row(f"peak memory, {name}", memory["eager"], memory["naive"], "naive planes", TORCH, "MiB")
+        )
+        rows.append(row(f"peak memory, {name}", memory["eager"], memory["STE-QAT"], "STE-QAT", TORCH, "MiB"))
     return rows
 
 
@@ -179,7 +175,8 @@ def weight_rows(rounds: int) -> list[dict[str, Any]]:
     least = {variant: min(each[variant] for each in times) for variant in runs}
     what = "weight of 1024 x 1024, forward and backward"
     return [
-        row(f"{what}, {v}", least[v], least["naive"], "naive planes", "ms") for v in ("compiled", "eager")
+        row(f"{what}, {v}", least[v], least["naive"], "naive planes", TORCH, "ms")
+        for v in ("compiled", "eager")
     ]
 
 
@@ -193,7 +190,7 @@ def deployment_rows(rounds: int) -> list[dict[str, Any]]:
         model(x)
     pairs = [(seconds(lambda: final(x)), seconds(lambda: plain(x))) for _ in range(rounds)]
     ours, theirs = (1e3 * min(times) for times in zip(*pairs, strict=True))
-    return [row("hardened forward, ResNet-20, batch 64", ours, theirs, "the plain model", "ms")]
+    return [row("hardened forward, ResNet-20, batch 64", ours, theirs, "the plain model", TORCH, "ms")]
 
 
 def packing_rows() -> list[dict[str, Any]]:
@@ -211,7 +208,14 @@ def packing_rows() -> list[dict[str, Any]]:
             rate = 4 * len(codes) / 1e6 / min(seconds(work) for _ in range(5))
             # The ratio is to the target: 200 MB of float32 weights a second.
             rows.append(
-                row(f"{what} {width} bits, time a MB of float32", 1e3 / rate, 5.0, "target of 200 MB/s", "ms")
+                row(
+                    f"{what} {width} bits, time a MB of float32",
+                    1e3 / rate,
+                    5.0,
+                    "target of 200 MB/s",
+                    "",
+                    "ms",
+                )
             )
     return rows
 
@@ -225,16 +229,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.peak_of:
         return print_peak(*arguments.peak_of)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     rows = packing_rows() + weight_rows(arguments.rounds) + deployment_rows(3 * arguments.rounds)
     rows += training_rows(arguments.rounds)
-    machine = f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
-    write_json(arguments.out / "bench.json", {"package": "csq-quant", "machine": machine, "rows": rows})
-    table = Table("what", "ours", "theirs", "unit", "peer", "theirs / ours")
-    for each in rows:
-        numbers = (f"{each['ours']:.3g}", f"{each['theirs']:.3g}", each["unit"])
-        table.add_row(each["what"], *numbers, each["peer"], f"{each['ratio']:.2f}")
-    Console(width=150).print(table)
+    finish("csq-quant", rows, arguments.out, threads=1)
     return None
 
 

@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from csq import cli
 from csq.storage import paper_bits, stored_bits
+from shared_core import testing
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+BLOCKS = testing.fenced_blocks(TEXT, "python")
 
 
 def _name(block: str) -> str:
@@ -38,16 +38,13 @@ def test_the_readme_has_an_example_for_each_door() -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=_name)
 def test_example(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+    testing.run_block(block)
 
 
 def test_options_of_the_commands_exist() -> None:
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    lines = re.findall(r"\$ (csq .*(?:\\\n.*)?)", TEXT)
-    assert {line.split()[1] for line in lines} == {"train", "harden", "inspect", "export", "evaluate"}
-    for line in lines:
-        known = {option for parameter in commands[line.split()[1]].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", line)) <= known
+    lines = [line.replace("\\\n", " ") for line in re.findall(r"\$ (csq .*(?:\\\n.*)?)", TEXT)]
+    named = testing.check_command_lines(cli.app, lines)
+    assert named == {"train", "harden", "inspect", "export", "evaluate"}
 
 
 def test_the_table_of_bits_is_what_is_counted() -> None:

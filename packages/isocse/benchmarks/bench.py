@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from IsoScore.IsoScore import IsoScore
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -38,32 +35,15 @@ from isocse.geometry import Geometry
 from isocse.options import Options
 from isocse.streams import SelfSimilarity
 from isocse.types import CLASSES
-from shared_core.files import write_json
+from shared_core.bench import finish, in_turns, row
 
 WORDS = [f"w{n}" for n in range(4000)]
-
-
-def row(what: str, ours: float, theirs: float, peer: str, peer_version: str, unit: str) -> dict[str, Any]:
-    return {
-        "what": what, "ours": ours, "theirs": theirs, "peer": peer, "peer_version": peer_version,
-        "ratio": theirs / ours, "unit": unit,
-    }  # fmt: skip
 
 
 def seconds(work: Callable[[], Any]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
-
-
-def in_turns(works: list[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """The least CPU seconds of each; every other round runs backwards."""
-    times = np.zeros((rounds, len(works)))
-    for number in range(rounds):
-        order = range(len(works)) if number % 2 == 0 else reversed(range(len(works)))
-        for n in order:
-            times[number, n] = seconds(works[n])
-    return times.min(0)
 
 
 def encoder(size: int, layers: int) -> Encoder:
@@ -136,7 +116,7 @@ def suite_rows(count: int, rounds: int) -> Iterator[dict[str, Any]]:
         for name, value in times.items():
             spent[name].append(value)
 
-    times = in_turns([lambda: analyze(model, texts), encode, padded, by_part], rounds)
+    times = in_turns([lambda: analyze(model, texts), encode, padded, by_part], rounds).min(0)
     least = {name: min(values) for name, values in spent.items()}
     peer = version("transformers")
     yield row(f"tokens a second of the whole suite, MiniLM's shape, {count} sentences", tokens / times[0],
@@ -179,7 +159,7 @@ def pairwise_rows(rounds: int) -> Iterator[dict[str, Any]]:
                 torch.outer(units[:, k], units[:, k]).sum()
         found["theirs"] = np.array(values)
 
-    times = in_turns([ours, pairwise], rounds)
+    times = in_turns([ours, pairwise], rounds).min(0)
     assert np.abs(found["ours"] - found["theirs"]).max() < 1e-5
     what = "self-similarity and contributions by dimension of 400 types, one layer of width 768"
     yield row(what, times[0], times[1], "n x n matrices of cosines and of products", version("torch"), "s")
@@ -201,7 +181,7 @@ def isoscore_rows(points: int, rounds: int) -> Iterator[dict[str, Any]]:
             warnings.simplefilter("ignore")
             found["theirs"] = float(IsoScore(x))
 
-    times = in_turns([ours, theirs], rounds)
+    times = in_turns([ours, theirs], rounds).min(0)
     assert abs(found["ours"] - found["theirs"]) < 1e-6  # theirs has float32 constants
     what = f"IsoScore of {points} points in 768 dimensions, float64"
     yield row(what, times[0], times[1], "IsoScore", version("isoscore"), "s")
@@ -252,7 +232,6 @@ def main() -> None:
     parser.add_argument("--points", type=int, nargs="+", default=[4000, 100_000])
     parser.add_argument("--memory", type=int, nargs="+", default=[10_000, 40_000, 160_000])
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for part in (
@@ -262,13 +241,7 @@ def main() -> None:
         memory_rows(arguments.memory),
     ):
         rows += part
-    machine = f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
-    write_json(arguments.out / "bench.json", {"package": "isocse", "machine": machine, "rows": rows})
-    table = Table("what", "ours", "theirs", "unit", "peer", "ratio")
-    for each in rows:
-        numbers = (f"{each['ours']:.4g}", f"{each['theirs']:.4g}", each["unit"])
-        table.add_row(each["what"], *numbers, each["peer"], f"{each['ratio']:.2f}")
-    Console(width=150).print(table)
+    finish("isocse", rows, arguments.out, threads=1)
 
 
 if __name__ == "__main__":

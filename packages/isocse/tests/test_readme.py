@@ -31,15 +31,15 @@ def _place(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:unclosed file")  # the example reads its text in one line
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_examples_run():
-    session = {"__name__": "readme"}
-    for block in re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE):
-        exec(compile(block, "README.md", "exec"), session)
+    session = None
+    for block in testing.fenced_blocks(TEXT, "python"):
+        session = testing.run_block(block, session)
     assert session["shift"].tokens
 
 
 @pytest.mark.usefixtures("_place")
 def test_the_commands_run_where_they_are_pasted(capsys):
-    (block,) = re.findall(r"^```sh\n(isocse measure .*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    (block,) = [one for one in testing.fenced_blocks(TEXT, "sh") if one.startswith("isocse measure")]
     for line in block.strip().splitlines():
         arguments = shlex.split(line)[1:]
         device = [] if arguments[0] == "report" else ["--device", "cpu"]

@@ -10,12 +10,9 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +23,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
@@ -40,29 +35,13 @@ from lead_kd.scores import maxsim
 from lead_kd.search import search
 from lead_kd.selection import LayerSchedule
 from lead_kd.wikipedia_task import MODEL_FOLDER, MODEL_PACKAGE, wikipedia_task
-from shared_core.files import write_json
+from shared_core.bench import finish, in_turns, row
 from shared_core.proof.environment import own_peak_bytes, reset_own_peak
 from shared_core.wheels import member_folder
 
 
-def row(what: str, ours: float, theirs: float, peer: str, peer_version: str, unit: str) -> dict[str, Any]:
-    return {
-        "what": what, "ours": ours, "theirs": theirs, "peer": peer, "peer_version": peer_version,
-        "ratio": theirs / ours, "unit": unit,
-    }  # fmt: skip
-
-
-def in_turns(works: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Median CPU seconds of each; every other round runs backwards, so that a drift hits all alike."""
-    times: list[list[float]] = [[] for _ in works]
-    for number in range(rounds + 1):
-        order = range(len(works)) if number % 2 == 0 else reversed(range(len(works)))
-        for place in order:
-            start = time.process_time()
-            works[place]()
-            if number:  # the first round warms up
-                times[place].append(time.process_time() - start)
-    return [statistics.median(part) for part in times]
+def medians(works: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    return np.median(in_turns(works, rounds, warm_up=1), axis=0).tolist()
 
 
 def model() -> SentenceTransformer:
@@ -112,7 +91,7 @@ def step_rows(rounds: int) -> list[dict[str, Any]]:
             Step("lead", cache, queries, passages),
             Step("none", None, queries, passages),
         ]
-        lead, response, cached, none = in_turns(works, rounds)
+        lead, response, cached, none = medians(works, rounds)
     ours = version("lead-kd")
     return [
         row(
@@ -175,7 +154,7 @@ def maxsim_row(rounds: int) -> dict[str, Any]:
     def loop() -> None:
         torch.stack([torch.stack([(a @ b.T).amax(1).sum() for b in p]) for a in q])
 
-    ours, theirs = in_turns([lambda: maxsim(q, p, q_mask, p_mask), loop], rounds)
+    ours, theirs = medians([lambda: maxsim(q, p, q_mask, p_mask), loop], rounds)
     return row(
         "MaxSim of 16 queries and 128 passages", ours, theirs, "a loop over pairs", torch.__version__, "s"
     )
@@ -186,7 +165,7 @@ def search_row(rounds: int) -> dict[str, Any]:
     q, p = (random.normal(size=(count, 384)).astype(np.float32) for count in (256, 200_000))
     q /= np.linalg.norm(q, axis=1, keepdims=True)
     p /= np.linalg.norm(p, axis=1, keepdims=True)
-    ours, theirs = in_turns(
+    ours, theirs = medians(
         [
             lambda: search(q, p, 100),
             lambda: semantic_search(torch.from_numpy(q), torch.from_numpy(p), top_k=100),
@@ -217,16 +196,7 @@ def main() -> None:
         *step_rows(arguments.rounds), *memory_rows(), bytes_row(), maxsim_row(arguments.rounds),
         search_row(min(arguments.rounds, 5)),
     ]  # fmt: skip
-    table = Table("what", "ours", "theirs", "peer", "ratio (above 1: ours is better)", title="lead-kd")
-    for one in rows:
-        table.add_row(
-            one["what"], f"{one['ours']:.4g} {one['unit']}", f"{one['theirs']:.4g} {one['unit']}",
-            f"{one['peer']} {one['peer_version']}", f"{one['ratio']:.2f}",
-        )  # fmt: skip
-    Console(width=160).print(table)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    write_json(arguments.out / "bench.json", {"package": "lead-kd", "machine": machine, "rows": rows})
+    finish("lead-kd", rows, arguments.out, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import typer.main
 from test_data import write_beir
 from tiny_models import QUERIES, dual_encoder, save_bert
 
@@ -37,15 +36,15 @@ def a_users_folder(tmp_path, monkeypatch):
 
 def test_the_python_runs_as_one_session(tmp_path, monkeypatch):
     a_users_folder(tmp_path, monkeypatch)
-    session = {"__name__": "readme"}
-    for block in re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE):
-        exec(compile(block, "README.md", "exec"), session)
+    session = None
+    for block in testing.fenced_blocks(TEXT, "python"):
+        session = testing.run_block(block, session)
     assert (tmp_path / "my-student" / "modules.json").is_file()
 
 
 def test_the_commands_run_where_they_are_pasted(tmp_path, monkeypatch, capsys):
     a_users_folder(tmp_path, monkeypatch)
-    (block,) = re.findall(r"^```sh\n(lead-kd mine .*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    (block,) = [one for one in testing.fenced_blocks(TEXT, "sh") if one.startswith("lead-kd mine")]
     for command in block.strip().splitlines():
         arguments = shlex.split(command)[1:]
         arguments += [] if arguments[0] == "evaluate" else ["--device", "cpu"]
@@ -57,12 +56,8 @@ def test_the_commands_run_where_they_are_pasted(tmp_path, monkeypatch, capsys):
 
 
 def test_the_commands_have_these_options():
-    commands = typer.main.get_command(cli.app).commands
-    lines = re.findall(r"^lead-kd (\w+) (.*)$", TEXT, re.M)
-    assert {name for name, _ in lines} == {"mine", "train", "encode", "search", "evaluate"}
-    for name, rest in lines:
-        known = {option for parameter in commands[name].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", rest)) <= known
+    named = testing.check_command_lines(cli.app, re.findall(r"^lead-kd \w+ .*$", TEXT, re.M))
+    assert named == {"mine", "train", "encode", "search", "evaluate"}
 
 
 def test_the_objectives_named_are_those_there_are():

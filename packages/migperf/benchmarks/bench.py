@@ -12,7 +12,6 @@ import argparse
 import gc
 import itertools
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -34,16 +33,9 @@ from migperf.samplers.procfs import CpuSampler, ProcessSampler
 from migperf.samplers.psi import PressureSampler
 from migperf.tables import official_a100
 from migperf.workloads import parse
+from shared_core.bench import finish, row
 
 A100 = layout("a100-40gb")
-
-
-def row(what, ours, theirs, peer, unit, version="", higher=False):
-    ratio = ours / theirs if higher else theirs / ours
-    return {
-        "what": what, "ours": ours, "theirs": theirs, "peer": peer, "peer_version": version,
-        "ratio": ratio, "unit": unit,
-    }  # fmt: skip
 
 
 def cpu_seconds(function, repeats):
@@ -68,10 +60,10 @@ def load_rows(quick):
     ]
     best = min(lags, key=lambda lag: float(np.percentile(lag, 99)))
     yield row("send lag p99 at 1000 requests/s, no-op target, best of 3 runs",
-              float(np.percentile(best, 99)), 0.2, "target", "ms")  # fmt: skip
-    yield row("send lag p50 of that run (no target)", float(np.median(best)), 0.2, "target of p99", "ms")
+              float(np.percentile(best, 99)), 0.2, "target", "", "ms")  # fmt: skip
+    yield row("send lag p50 of that run (no target)", float(np.median(best)), 0.2, "target of p99", "", "ms")
     middle = float(np.median([np.percentile(lag, 99) for lag in lags]))
-    yield row("send lag p99, median of the runs", middle, 0.2, "target", "ms")
+    yield row("send lag p99, median of the runs", middle, 0.2, "target", "", "ms")
 
     count = 20_000
     schedule = np.zeros(count, dtype=np.int64)  # all due at once: nothing but the driver's own work
@@ -80,7 +72,7 @@ def load_rows(quick):
         drive_open(Poisson(1e9, seed=1, backlog_limit=count), schedule, lambda requests: None, WallClock())
 
     spent = cpu_seconds(driven, 3 if quick else 7) / count * 1e6
-    yield row("driver's own work a request", spent, 20.0, "target", "us")
+    yield row("driver's own work a request", spent, 20.0, "target", "", "us")
     yield harness_row(quick)
 
 
@@ -114,7 +106,7 @@ def harness_row(quick):
     pairs = [(through(), bare()) for _ in range(3 if quick else 5)]
     ours, theirs = (float(np.median(values)) for values in zip(*pairs, strict=True))
     return row("items/s through the harness at 10 ms (target: 0.99 of a bare loop)", ours, theirs,
-               "bare loop", "items/s", higher=True)  # fmt: skip
+               "bare loop", "", "items/s", more_is_better=True)  # fmt: skip
 
 
 def plain_states(profiles):
@@ -154,15 +146,15 @@ def enumeration_rows(quick):
         ("the 298 placed states", "base", base, 2.0), ("all 2319 placed states", "all", A100.profiles, 20.0)
     ):  # fmt: skip
         ours = cpu_seconds(fresh(profiles), repeats) * 1e3
-        yield row(f"{what}, as geometries", ours, target, "target", "ms")
+        yield row(f"{what}, as geometries", ours, target, "target", "", "ms")
         plain = cpu_seconds(lambda c=chosen: plain_states(c), repeats) * 1e3
         yield row(f"{what}, as geometries", ours, plain,
-                  "bitmask search as one writes it", "ms")  # fmt: skip
+                  "bitmask search as one writes it", "", "ms")  # fmt: skip
     ours = cpu_seconds(fresh("all", maximal=True), repeats) * 1e3
-    yield row("the 239 maximal states of all profiles", ours, 50.0, "target", "ms")
+    yield row("the 239 maximal states of all profiles", ours, 50.0, "target", "", "ms")
     enumerate_geometries(A100, "all", maximal=True)
     again = cpu_seconds(lambda: enumerate_geometries(A100, "all", maximal=True), repeats) * 1e3
-    yield row("the same, asked again", again, ours, "the first time", "ms")
+    yield row("the same, asked again", again, ours, "the first time", "", "ms")
 
 
 def recommend_rows(quick):
@@ -173,9 +165,11 @@ def recommend_rows(quick):
     ]  # fmt: skip
     table = official_a100()
     spent = cpu_seconds(lambda: recommend(A100, jobs, table), 1 if quick else 3)
-    yield row("recommend, 5 jobs on one GPU, exact", spent, 1.0, "target", "s")
+    yield row("recommend, 5 jobs on one GPU, exact", spent, 1.0, "target", "", "s")
     greedy = cpu_seconds(lambda: compare(A100, jobs, table), 1 if quick else 3)
-    yield row("recommend, 5 jobs on one GPU, exact", spent, greedy, "greedy, MISO and PARIS together", "s")
+    yield row(
+        "recommend, 5 jobs on one GPU, exact", spent, greedy, "greedy, MISO and PARIS together", "", "s"
+    )
     yield from dispatch_rows(quick)
 
 
@@ -190,7 +184,7 @@ def dispatch_rows(quick):
     theirs = elsa(arrivals(Poisson(rate, seed=7), seconds), [service["1g"], service["2g"]], 60.0)
     fixed, looked = (float(np.percentile(found, 99)) for found in (np.concatenate(ours), theirs))
     yield row("p99 of a service in 2g and 1g at 2/3 load, shares fixed beforehand (simulated queues)", fixed,
-              looked, "ELSA, which looks at the queues", "ms")  # fmt: skip
+              looked, "ELSA, which looks at the queues", "", "ms")  # fmt: skip
 
 
 def sampler_row(quick):
@@ -198,7 +192,9 @@ def sampler_row(quick):
     samplers = [ProcessSampler("worker0", [os.getpid()]), CpuSampler(), PressureSampler()]
     with Recorder(samplers, 0.1) as recorder:
         time.sleep(seconds)
-    yield row("samplers at 10 Hz, share of a core", 100 * recorder.cpu_seconds / seconds, 1.0, "target", "%")
+    yield row(
+        "samplers at 10 Hz, share of a core", 100 * recorder.cpu_seconds / seconds, 1.0, "target", "", "%"
+    )
 
 
 def controller_row(quick):
@@ -210,7 +206,7 @@ def controller_row(quick):
         for _ in range(count):
             api.nvmlDeviceGetGpuInstanceRemainingCapacity(device, 19)
 
-    yield row("a call of the simulated driver", cpu_seconds(calls, 5) / count * 1e6, 20.0, "target", "us")
+    yield row("a call of the simulated driver", cpu_seconds(calls, 5) / count * 1e6, 20.0, "target", "", "us")
 
 
 def import_row(quick):
@@ -219,7 +215,7 @@ def import_row(quick):
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for _ in range(1 if quick else 5)
     )
-    yield row("import migperf", spent * 1e3, 300.0, "target", "ms")
+    yield row("import migperf", spent * 1e3, 300.0, "target", "", "ms")
 
 
 def main():
@@ -227,9 +223,6 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    from shared_core.files import write_json
-
     foreign = contamination.baseline(1.0)
     print(f"others use {foreign:.2f} of {len(os.sched_getaffinity(0))} CPUs")
     parts = (import_row, controller_row, enumeration_rows, recommend_rows, sampler_row, load_rows)
@@ -238,11 +231,7 @@ def main():
         print(f"{one['what']:66} {one['ours']:10.4g} {one['theirs']:10.4g} {one['unit']:8} "
               f"x{one['ratio']:.2f}  {one['peer']}", flush=True)  # fmt: skip
         found.append(one)
-    machine = {
-        "platform": platform.platform(), "cores": os.cpu_count(), "foreign_cores": foreign,
-        "numpy": metadata.version("numpy"), "scipy": metadata.version("scipy"),
-    }  # fmt: skip
-    write_json(arguments.out / "bench.json", {"package": "migperf", "machine": machine, "rows": found})
+    finish("migperf", found, arguments.out, foreign_cores=foreign, scipy=metadata.version("scipy"))
     return 0
 
 

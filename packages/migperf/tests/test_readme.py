@@ -11,9 +11,10 @@ import typer.main
 
 import migperf
 from migperf import cli
+from shared_core import testing
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+BLOCKS = testing.fenced_blocks(TEXT, "python")
 COMMANDS = typer.main.get_command(cli.app).commands
 
 
@@ -27,7 +28,7 @@ def test_there_is_an_example_for_each_door():
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_example(number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number], "README.md", "exec"), {"__name__": "readme"})
+    testing.run_block(BLOCKS[number])
     if number == 0:
         assert capsys.readouterr().out.startswith("3g.20gb@4,2g.10gb@0,1g.5gb@2,1g.5gb@3\n")
         assert (tmp_path / "report.simulated.html").exists()
@@ -43,15 +44,14 @@ def test_commands_and_options_exist():
 
 
 def test_jobs_of_the_readme_are_jobs(tmp_path):
-    (tmp_path / "jobs.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)[0])
+    (tmp_path / "jobs.yaml").write_text(testing.fenced_blocks(TEXT, "yaml")[0])
     assert [job.name for job in migperf.read_jobs(tmp_path / "jobs.yaml")] == ["chat", "search", "tune"]
 
 
 def test_public_names_exist_and_have_a_docstring():
-    assert sorted(set(migperf.__all__)) == sorted(migperf.__all__)
+    testing.check_public_names("migperf")
     for name in migperf.__all__:
         assert getattr(migperf, name).__doc__, name
-    assert set(migperf.__all__) <= set(dir(migperf))
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -43,33 +41,10 @@ from relattn.selection import GRID, keep
 from relattn.small_summarizer import word_tokenizer
 from relattn.source import pad
 from relattn.steering import context_vectors, relevant_context
-from shared_core.files import write_json
+from shared_core.bench import finish, in_turns, row
 
 LARGE = {"d_model": 1024, "layers": 12, "heads": 16, "ffn": 4096}  # bart-large but for its vocabulary
 SMALL = {"d_model": 512, "layers": 6, "heads": 8, "ffn": 2048}  # as t5-small and distilled models
-
-
-def row(what: str, ours: float, theirs: float, peer: str, peer_version: str, unit: str) -> dict[str, Any]:
-    return {
-        "what": what, "ours": ours, "theirs": theirs, "peer": peer, "peer_version": peer_version,
-        "ratio": theirs / ours, "unit": unit,
-    }  # fmt: skip
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def in_turns(works: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """CPU seconds, (rounds, works); every other round runs backwards, so that a drift hits all alike."""
-    times = np.zeros((rounds, len(works)))
-    for number in range(rounds):
-        order = range(len(works)) if number % 2 == 0 else reversed(range(len(works)))
-        for n in order:
-            times[number, n] = seconds(works[n])
-    return times
 
 
 # Models and texts.
@@ -237,7 +212,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of steered and plain decoding")
     parser.add_argument("--tokens", type=int, default=60, help="length of the summaries")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     console = Console(stderr=True)
@@ -250,13 +224,7 @@ def main() -> None:
         start = time.perf_counter()
         rows += part
         console.print(f"{title}: {time.perf_counter() - start:.0f} s")
-    machine = f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
-    write_json(arguments.out / "bench.json", {"package": "relattn", "machine": machine, "rows": rows})
-    table = Table("what", "ours", "theirs", "unit", "peer", "theirs / ours")
-    for each in rows:
-        numbers = (f"{each['ours']:.4g}", f"{each['theirs']:.4g}", each["unit"])
-        table.add_row(each["what"], *numbers, each["peer"], f"{each['ratio']:.3f}")
-    Console(width=150).print(table)
+    finish("relattn", rows, arguments.out, threads=1)
 
 
 if __name__ == "__main__":

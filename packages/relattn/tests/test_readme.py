@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import typer.main
 from tiny_models import CORPUS
 
 from relattn import cli
@@ -20,10 +19,10 @@ TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 def test_the_examples_run(bart_folder, tmp_path, monkeypatch):
     shutil.copytree(bart_folder, tmp_path / "my-summarizer")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-    session = {"__name__": "readme"}
+    blocks = testing.fenced_blocks(TEXT, "python")
+    session = None
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), session)
+        session = testing.run_block(block, session)
     assert {"relattn.Steerer(", "steerer.steer("} <= set(re.findall(r"\w+\.\w+\(", "".join(blocks)))
 
 
@@ -35,7 +34,7 @@ def test_the_commands_run_where_they_are_pasted(kind, bart_folder, t5_folder, tm
     (line,) = re.findall(r"^A line of `data.jsonl` is `(\{.*?\})`", TEXT, re.M)
     rows = [json.loads(line) | {"id": str(n), "document": f"{n} {CORPUS[n % 8]} A storm."} for n in range(20)]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (block,) = re.findall(r"^```sh\n(relattn summarize .*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    (block,) = [one for one in testing.fenced_blocks(TEXT, "sh") if one.startswith("relattn summarize")]
     for command in block.strip().splitlines():
         arguments = shlex.split(command)[1:]
         arguments += ["--steps", "2"] if arguments[0] == "fewshot" else []  # 100 take long
@@ -46,12 +45,8 @@ def test_the_commands_run_where_they_are_pasted(kind, bart_folder, t5_folder, tm
 
 
 def test_the_commands_have_these_options():
-    commands = typer.main.get_command(cli.app).commands
-    lines = re.findall(r"^relattn (\w+) (.*)$", TEXT, re.M)
-    assert {name for name, _ in lines} == {"summarize", "explain", "eval", "fewshot", "prove"}
-    for name, rest in lines:
-        known = {option for parameter in commands[name].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", rest.split("#")[0])) <= known
+    named = testing.check_command_lines(cli.app, re.findall(r"^relattn \w+ .*$", TEXT, re.M))
+    assert named == {"summarize", "explain", "eval", "fewshot", "prove"}
 
 
 def test_the_methods_named_are_those_there_are():

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import platform
 import tempfile
 import time
 import warnings
@@ -25,14 +23,13 @@ import onnxruntime
 import timm
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from repqvit import quantize
 from repqvit.onnx_export import export_onnx
 from repqvit.ranges import PAPER_PERCENTILES, RangeSearch, fit_affine
 from repqvit.recipes import named
-from shared_core.files import write_json
+from shared_core.bench import finish, in_turns, row
 
 CALIBRATION_IMAGES = 32  # the paper's
 QUANTILE_LIMIT = 2**24  # torch.quantile refuses more elements
@@ -40,22 +37,8 @@ SLICE = 24  # channels of a LayerNorm output that the loop is timed on; its cost
 FAST = RangeSearch("minmax")  # ranges do not change the speed of a quantized model
 
 
-def row(what: str, ours: float, theirs: float, peer: str, peer_version: str, unit: str) -> dict[str, Any]:
-    return {
-        "what": what,
-        "ours": ours,
-        "theirs": theirs,
-        "peer": peer,
-        "peer_version": peer_version,
-        "ratio": theirs / ours,
-        "unit": unit,
-    }
-
-
-def fastest(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = 3) -> tuple[float, float]:
-    """The least time of each, taking turns."""
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
-    return min(pair[0] for pair in pairs), min(pair[1] for pair in pairs)
+def fastest(*works: Callable[[], Any], rounds: int = 3) -> list[float]:
+    return in_turns(works, rounds, clock=time.perf_counter).min(0).tolist()
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -219,7 +202,7 @@ def simulation_rows(rounds: int) -> Iterator[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the deployed models
     fastest(lambda: quantized(images), lambda: model(images), rounds=1)  # warm up
-    ours, theirs = fastest(lambda: quantized(images), lambda: model(images), rounds)
+    ours, theirs = fastest(lambda: quantized(images), lambda: model(images), rounds=rounds)
     torch.set_num_threads(threads)
     what = "simulated forward, ViT-S/16, batch 4, W4A4, one thread"
     yield row(what, ours, theirs, "torch fp32 forward", version("torch"), "s")
@@ -230,7 +213,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/repqvit"))
     parser.add_argument("--rounds", type=int, default=20, help="timed runs of each deployed model")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # onnxruntime's stock recipe warns of every LayerNorm weight
     console = Console(stderr=True)
@@ -243,13 +225,7 @@ def main() -> None:
         start = time.perf_counter()
         rows += part
         console.print(f"{title}: {time.perf_counter() - start:.0f} s")
-    machine = f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
-    write_json(arguments.out / "bench.json", {"package": "repqvit", "machine": machine, "rows": rows})
-    table = Table("what", "ours", "theirs", "unit", "peer", "theirs / ours")
-    for each in rows:
-        numbers = (f"{each['ours']:.3g}", f"{each['theirs']:.3g}", each["unit"])
-        table.add_row(each["what"], *numbers, each["peer"], f"{each['ratio']:.2f}")
-    Console(width=150).print(table)
+    finish("repqvit", rows, arguments.out, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

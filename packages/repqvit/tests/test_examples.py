@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
-
 import pytest
+
+from shared_core import testing
 
 
 @pytest.mark.parametrize("name", ["quantized", "onnx_export", "torchao_export"])
 def test_docstring_examples(name):
-    results = doctest.testmod(importlib.import_module(f"repqvit.{name}"))
-    assert results.attempted > 0
-    assert results.failed == 0
+    testing.check_docstring_examples(f"repqvit.{name}")

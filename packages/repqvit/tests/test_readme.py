@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from shared_core import testing
+
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+BLOCKS = testing.fenced_blocks(README.read_text(encoding="utf-8"), "python")
 
 
 def _name(block: str) -> str:
@@ -30,4 +32,4 @@ def test_the_readme_has_an_example_for_each_door():
 @pytest.mark.parametrize("block", BLOCKS, ids=_name)
 def test_example(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+    testing.run_block(block)

@@ -8,7 +8,6 @@ faster.
 
 import argparse
 import os
-import platform
 import sys
 import time
 from fractions import Fraction
@@ -20,7 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from shared_core.files import write_json
+from shared_core.bench import finish, in_turns, row
 from smm_dp import SkellamMixture, calibrate, pack_bits, sample_skellam, secure_source
 from smm_dp.mechanism import clip_mixture
 from smm_dp.numeric import certified_rates
@@ -59,14 +58,7 @@ def plain_decode(total, signs, scale, bits):
 
 
 def best_of(*functions, repeats=7):
-    """Seconds of each function, timed in turns so that both meet the same machine; the best counts."""
-    best = [float("inf")] * len(functions)
-    for _ in range(repeats):
-        for index, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            best[index] = min(best[index], time.perf_counter() - start)
-    return best
+    return in_turns(functions, repeats, clock=time.perf_counter).min(0).tolist()
 
 
 def rows(quick):
@@ -79,23 +71,16 @@ def rows(quick):
     generator, source = np.random.default_rng(0), secure_source()
     numpy_version = metadata.version("numpy")
 
-    def row(what, ours, theirs, peer, version, unit="Mcoord/s", amount=DIM / 1e6):
-        return {
-            "what": what,
-            "ours": amount / ours,
-            "theirs": amount / theirs,
-            "peer": peer,
-            "peer_version": version,
-            "ratio": theirs / ours,
-            "unit": unit,
-        }
+    def rate(what, ours, theirs, peer, version):
+        count = DIM / 1e6
+        return row(what, count / ours, count / theirs, peer, version, "Mcoord/s", more_is_better=True)
 
     ours, theirs = best_of(
         lambda: mechanism.encode(x, source),
         lambda: plain_encode(x, signs, generator, 64.0, 4096.0, 4, mu / n, 8),
         repeats=repeats,
     )
-    yield row(
+    yield rate(
         "encode, exact noise from AES against floating noise from PCG64",
         ours,
         theirs,
@@ -106,36 +91,31 @@ def rows(quick):
     ours, theirs = best_of(
         lambda: mechanism.decode(payload), lambda: plain_decode(payload, signs, 64.0, 8), repeats=repeats
     )
-    yield row("decode", ours, theirs, "NumPy as one writes it", numpy_version)
+    yield rate("decode", ours, theirs, "NumPy as one writes it", numpy_version)
     each = Fraction(mu) / n
     ours, theirs = best_of(
         lambda: sample_skellam(each, DIM, source),
         lambda: generator.poisson(float(each), DIM) - generator.poisson(float(each), DIM),
         repeats=repeats,
     )
-    yield row(
+    yield rate(
         "Skellam noise, exact and cryptographic", ours, theirs, "difference of NumPy Poissons", numpy_version
     )
     start = time.perf_counter()
     sample_skellam_exact(each, 2000, source)
     official = (time.perf_counter() - start) / 2000 * DIM
-    yield row(
+    yield rate(
         "Skellam noise, exact and cryptographic", ours, official, "official construction", "in this package"
     )
-    yield from opacus_rows(row, mechanism, x, source, repeats)
-    yield {
-        "what": "bytes of a payload at 8 bits",
-        "ours": float(pack_bits(payload, 8).size),
-        "theirs": 8.0 * DIM,
-        "peer": "int64 arrays, as Flower's SecAgg+ sends",
-        "peer_version": "1.41",
-        "ratio": 8.0,
-        "unit": "bytes",
-    }
+    yield from opacus_rows(rate, mechanism, x, source, repeats)
+    yield row(
+        "bytes of a payload at 8 bits", float(pack_bits(payload, 8).size), 8.0 * DIM,
+        "int64 arrays, as Flower's SecAgg+ sends", "1.41", "bytes",
+    )  # fmt: skip
     yield from accounting_rows(repeats)
 
 
-def opacus_rows(row, mechanism, x, source, repeats):
+def opacus_rows(rate, mechanism, x, source, repeats):
     try:
         import torch
         from opacus.optimizers.optimizer import _generate_noise
@@ -150,7 +130,7 @@ def opacus_rows(row, mechanism, x, source, repeats):
 
     ours, theirs = best_of(lambda: mechanism.encode(x, source), gaussian, repeats=repeats)
     version = metadata.version("opacus")
-    yield row(
+    yield rate(
         "encode against clipping and Gaussian noise in the clear",
         ours,
         theirs,
@@ -205,15 +185,7 @@ def accounting_rows(repeats):
 
 
 def _seconds(what, ours, theirs, peer, version):
-    return {
-        "what": what,
-        "ours": ours,
-        "theirs": theirs,
-        "peer": peer,
-        "peer_version": version,
-        "ratio": theirs / ours,
-        "unit": "s",
-    }
+    return row(what, ours, theirs, peer, version, "s")
 
 
 def main():
@@ -221,21 +193,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    found = []
-    for row in rows(arguments.quick):
-        print(
-            f"{row['what']:66} {row['ours']:12.4g} {row['theirs']:12.4g} {row['unit']:9} "
-            f"x{row['ratio']:.2f}  {row['peer']}"
-        )
-        found.append(row)
-    machine = {
-        "platform": platform.platform(),
-        "processor": platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-    }
-    write_json(arguments.out / "bench.json", {"package": "smm-dp", "machine": machine, "rows": found})
+    finish("smm-dp", list(rows(arguments.quick)), arguments.out, threads=1)
     return 0
 
 

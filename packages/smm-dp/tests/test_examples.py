@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import smm_dp
+from shared_core import testing
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text()
+README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+BLOCKS = testing.fenced_blocks(README, "python")
 HEAVY = {"smm_dp.cli", "smm_dp.proof", "smm_dp.flower"}
 MODULES = [m.name for m in pkgutil.iter_modules(smm_dp.__path__, "smm_dp.") if m.name not in HEAVY]
 
@@ -34,11 +36,11 @@ def test_importing_the_package_is_light():
     )
 
 
-@pytest.mark.parametrize("number", range(README.count("```python")))
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
 @pytest.mark.filterwarnings("ignore")  # flwr and opacus warn of their own future
 def test_the_readme_examples_run(number):
-    block = README.split("```python")[number + 1].split("```")[0]
+    block = BLOCKS[number]
     for library in ("flwr", "opacus"):
         if library in block:
             pytest.importorskip(library)
-    exec(compile(block, "README.md", "exec"), {})
+    testing.run_block(block)
