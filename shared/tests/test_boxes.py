@@ -47,11 +47,6 @@ def test_component_boxes_are_scipys(seed, connectivity, share):
     assert boxes.component_boxes(mask, connectivity).tolist() == expected
 
 
-def test_conversions_undo_each_other():
-    made = random_boxes(np.random.default_rng(0), 6)
-    assert boxes.xywh_to_xyxy(boxes.xyxy_to_xywh(made)).tolist() == made.tolist()
-
-
 @pytest.mark.parametrize(
     ("box", "words"),
     [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import top_k_accuracy_score
 
-from shared_core.metrics import agreement, classification, sqnr_db
+from shared_core.metrics import agreement, classification
 
 
 def scores(samples: int, classes: int, seed: int) -> torch.Tensor:
@@ -41,27 +41,6 @@ def test_agreement_is_a_count_of_equal_argmaxes(samples, classes, seed):
     equal = sum(int(np.argmax(a) == np.argmax(b)) for a, b in zip(first.numpy(), second.numpy(), strict=True))
     assert agreement(first, second) == pytest.approx(equal / samples)
     assert agreement(first, 2 * first + 1) == 1.0
-
-
-@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(0.001, 1)), min_size=1, max_size=20))
-def test_sqnr_is_the_ratio_of_energies(pairs):
-    reference = torch.tensor([value for value, _ in pairs], dtype=torch.float64)
-    noise = torch.tensor([error for _, error in pairs], dtype=torch.float64)
-    signal_energy = math.fsum(value * value for value, _ in pairs)
-    noise_energy = math.fsum(((value + error) - value) ** 2 for value, error in pairs)
-    expected = 10 * math.log10(signal_energy / noise_energy) if signal_energy else -math.inf
-    assert sqnr_db(reference, reference + noise) == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-def test_sqnr_gains_twenty_decibels_for_a_tenth_of_the_noise():
-    reference, noise = torch.linspace(-1, 1, 50), torch.linspace(0.01, 0.02, 50)
-    gain = sqnr_db(reference, reference + noise / 10) - sqnr_db(reference, reference + noise)
-    assert gain == pytest.approx(20, abs=1e-3)
-
-
-def test_sqnr_of_equal_tensors_is_infinite():
-    assert sqnr_db(torch.ones(3, 2), torch.ones(3, 2)) == math.inf
-    assert sqnr_db(torch.zeros(3), torch.ones(3)) == -math.inf
 
 
 def test_what_cannot_be_measured_is_refused():

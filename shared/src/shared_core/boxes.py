@@ -48,16 +48,6 @@ def xywh_to_xyxy(boxes: Array) -> Array:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
-def xyxy_to_xywh(boxes: Array) -> Array:
-    """Left, top, right, bottom to left, top, width, height.
-
-    >>> xyxy_to_xywh(np.array([[1, 2, 4, 6]])).tolist()
-    [[1.0, 2.0, 3.0, 4.0]]
-    """
-    boxes = _four_columns(boxes, "boxes")
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-
-
 def check_boxes(boxes: Array, width: Number, height: Number, *, name: str = "", slack: Number = 1) -> Array:
     """Return boxes as float64 [n, 4] once each is known to be one inside its image.
 

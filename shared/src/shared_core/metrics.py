@@ -1,4 +1,4 @@
-"""Metrics of image classifiers and of approximations, by torchmetrics where it has them.
+"""Metrics of image classifiers, by torchmetrics where it has them.
 
 Needs ``pip install 'shared-core[torch]'``. Importing this module imports torch: the shapes in its signatures
 are checked in the tests.
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from shared_core.errors import needs_extra
 
 with needs_extra("torch"):
-    import torch
     from jaxtyping import Float, Int
     from torch import Tensor
 
@@ -32,6 +31,7 @@ def classification(
     Raises:
         ValueError: There is no sample, a score is not finite, or a label is out of range.
 
+    >>> import torch
     >>> classification(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), torch.tensor([0, 1]), topk=(1, 2))
     {'top1': 0.5, 'top2': 1.0}
     """
@@ -60,27 +60,13 @@ def agreement(
     Raises:
         ValueError: There is no sample or a score is not finite.
 
+    >>> import torch
     >>> agreement(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([[5.0, 4.0], [1.0, 0.0]]))
     0.5
     """
     _check_scores(logits_a)
     _check_scores(logits_b)
     return (logits_a.argmax(1) == logits_b.argmax(1)).double().mean().item()
-
-
-def sqnr_db(reference: Float[Tensor, "*shape"], approx: Float[Tensor, "*shape"]) -> float:
-    """Signal to quantization noise ratio in decibels: 10 log10(sum reference^2 / sum (reference - approx)^2).
-
-    Infinite where both are equal, minus infinite where only the reference is zero. Summed in float64.
-
-    >>> round(sqnr_db(torch.tensor([1.0, 2.0]), torch.tensor([1.1, 2.0])), 2)
-    26.99
-    """
-    exact = reference.double()
-    noise = (exact - approx.double()).square().sum()
-    if noise == 0:
-        return float("inf")
-    return (10 * torch.log10(exact.square().sum() / noise)).item()
 
 
 def _check_scores(logits: Float[Tensor, "samples classes"]) -> None:
