@@ -84,7 +84,7 @@ class FlaggedImages(Dataset[tuple[Tensor, int, int]]):
             if self.keep:
                 self.kept[index] = image
         with torch.random.fork_rng([]):
-            torch.manual_seed(derived_seed(self.seed, epoch, index, _AUGMENT))
+            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index, _AUGMENT))
             pixels = self.augmentations[flag](image, self.size)
         return pixels, self.images.labels[index], flag
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kdcicam.checkpoints import load_model, read_checkpoint, read_tensors, save_model
+from kdcicam.checkpoints import load_model, read_checkpoint, save_model
 from kdcicam.data import Images, load_images
 from kdcicam.flagged import FlaggedImages
 from kdcicam.images import Augmentation, readable
@@ -27,6 +27,7 @@ from kdcicam.model import CICAM
 from kdcicam.settings import Settings
 from kdcicam.training import CHECKPOINT, Trained, steps_per_epoch, train
 from shared_core import InputError
+from shared_core.checkpoints import read_tensors
 from shared_core.files import write_json, write_text
 
 RUN, LOG = "run.json", "log.jsonl"
@@ -89,7 +90,12 @@ class TrainingRun:
         started = (self.folder / CHECKPOINT).exists()
         model = build_model(self.settings, len(self.classes), weights=not started)
         teachers = load_teachers(self.settings, model)
-        kept = read_checkpoint(self.folder / CHECKPOINT).history if started else []
+        kept: list[dict[str, Any]] = []
+        if started:
+            before = read_checkpoint(self.folder / CHECKPOINT)
+            kept = before.history
+            if progress is not None:
+                progress(before.step, math.nan)
         log = self.folder / LOG
         main = int(os.environ.get("RANK", "0")) == 0
         if main:
@@ -139,17 +145,17 @@ def training_images(settings: Settings) -> tuple[Images, int]:
     return images.take(whole), len(images) - len(whole)
 
 
-def flagged(settings: Settings, images: Images) -> FlaggedImages:
-    """Training images with the augmentation and lottery of the settings."""
+def flagged(settings: Settings, images: Images, *, keep: bool = False) -> FlaggedImages:
+    """Training images with the augmentation and lottery of the settings; `keep` as for `FlaggedImages`."""
     first = Augmentation.parse(settings.augmentation)
     if settings.role != "student":
-        return FlaggedImages(images, settings.image_size, {0: first}, (0,), settings.seed)
+        return FlaggedImages(images, settings.image_size, {0: first}, (0,), settings.seed, keep=keep)
     by_flag = {
         0: first,
         1: Augmentation.parse(settings.augmentation_cls),
         2: Augmentation.parse(settings.augmentation_loc),
     }
-    return FlaggedImages(images, settings.image_size, by_flag, settings.flags, settings.seed)
+    return FlaggedImages(images, settings.image_size, by_flag, settings.flags, settings.seed, keep=keep)
 
 
 def build_model(settings: Settings, classes: int, weights: bool = True) -> CICAM:
