@@ -1,7 +1,7 @@
 #!/bin/sh
 # What a user's machine may be: ci/matrix.sh, after make setup.
-# Finds versions for every member, alone and with all its extras, on each Python that is supported, installing
-# nothing; then tests alone (ci/test-package.sh), side by side, the packages that do without torch. The others' turn
+# Finds, on each Python that is supported, versions that fit all members with all their extras, and so each alone;
+# nothing is installed. Then tests alone (ci/test-package.sh), side by side, the packages that do without torch. The others' turn
 # is in the matrix of .github/workflows/ci.yml: each would fetch torch again.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,14 +11,12 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
 for python in $(python3 -m tools.workspace pythons); do
-    for folder in $(python3 -m tools.workspace folders); do
-        .venv/bin/uv pip compile --quiet --python-version "$python" --all-extras -c constraints.txt \
-            "$folder/pyproject.toml" >/dev/null || {
-            echo "error: $folder: no versions fit together on Python $python" >&2
-            exit 1
-        }
-    done
-    echo "Python $python: versions fit together for every member"
+    .venv/bin/uv pip compile --quiet --python-version "$python" --all-extras -c constraints.txt \
+        shared/pyproject.toml packages/*/pyproject.toml >/dev/null || {
+        echo "error: no versions fit together on Python $python" >&2
+        exit 1
+    }
+    echo "Python $python: versions fit together"
 done
 
 packages=$(python3 -m tools.workspace without torch)
