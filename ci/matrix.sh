@@ -1,8 +1,8 @@
 #!/bin/sh
 # What a user's machine may be: ci/matrix.sh, after make setup.
 # Finds, on each Python that is supported, versions that fit all members with all their extras, and so each alone;
-# nothing is installed. Then tests alone (ci/test-package.sh), side by side, the packages that do without torch. The others' turn
-# is in the matrix of .github/workflows/ci.yml: each would fetch torch again.
+# nothing is installed. Then tests alone (ci/test-package.sh), side by side, the packages that do without torch.
+# The others' turn is in the matrix of .github/workflows/ci.yml: each would fetch torch again.
 set -eu
 cd "$(dirname "$0")/.."
 PIP_PYTHON=.venv/bin/python
