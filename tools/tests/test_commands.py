@@ -116,7 +116,7 @@ def test_a_tiny_run_writes_below_out_alone_and_wrong_paths_are_told_before_the_w
     given = next((number for number, argument in enumerate(arguments) if argument in INPUTS), None)
     wrong = {"text.txt": {at: f"text.txt/{command}"}}
     if given is not None:
-        wrong["not-there"] = {given: "not-there/nor-here", at: "out/not-made"}
+        wrong["not-there"] = {given: "not-there/nor-here", at: arguments[at].replace(command, "not-made")}
     for named, changes in wrong.items():
         changed = [changes.get(number, argument) for number, argument in enumerate(arguments)]
         refused = run(command, *changed, where=place)
