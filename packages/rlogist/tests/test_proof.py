@@ -44,7 +44,7 @@ def test_test_slides_choose_nothing(tmp_path):
     sizes = replace(
         QUICK,
         architecture=replace(QUICK.architecture, dim=6),
-        staged=replace(QUICK.staged, epochs=3, track_from=0, global_epochs=1, mixed_epochs=1),
+        staged=replace(QUICK.staged, epochs=3, track_from=0, warmup=1, global_epochs=1, mixed_epochs=1),
         ppo=replace(QUICK.ppo, steps=64),
     )
     test, results = split(made, 0).test, []

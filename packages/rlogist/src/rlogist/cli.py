@@ -312,9 +312,10 @@ def prove(
     jobs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
 ) -> int:
     """Generate slide files and compare the agent with every other way to choose regions."""
-    from rlogist.proof import run_proof
+    from rlogist.proof import FIRST_SEED, run_proof
 
-    return run_proof(out, range(1 if quick and seeds == 3 else seeds), quick, jobs)
+    count = 1 if quick and seeds == 3 else seeds
+    return run_proof(out, range(FIRST_SEED, FIRST_SEED + count), quick, jobs)
 
 
 def _run_folder(work: Any, slides: Path, out: Path, job: Any, folder: FolderOptions, gpus: float = 0) -> int:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 SOURCE = "Zhao et al., RLogist, AAAI 2023 (arXiv 2212.01737)"
-DATA_SEED = 77
-"""Of the proof's slides. The world and most hyperparameters were chosen on slides of other seeds."""
+DATA_SEED, FIRST_SEED = 91, 20
+"""Of the proof's slides, and of its first split and training; settings were chosen with 51, 53 and 0 to 2."""
 MARGIN, TIME_SHARE = 0.05, 0.45
 RIVALS = ("random", "greedy-static", "greedy-adaptive")
 METRICS = {
@@ -55,8 +55,7 @@ def run_proof(out: Path, seeds: Sequence[int], quick: bool, jobs: int = 2) -> in
             "for each seed; validation slides choose stage A's start and epoch, and the epoch of classifiers "
             "of all regions, nothing else is chosen by data; test slides are judged after the last update"
         ),
-        "tuning": "the world and most hyperparameters were chosen on slides of another generator seed; "
-        "stage A's early stop was not, and tried there afterwards it ends training too soon",
+        "tuning": "world and settings were chosen on slides of other generator seeds, and with other splits",
         "real slide": "CMU-1 crop (Aperio .svs, one level) as it is, and a pyramid of its pixels",
         "extractor": "stain (fixed statistics, 36-d), patch 64, 2.0 and 0.5 microns per pixel, K = 16",
     }
