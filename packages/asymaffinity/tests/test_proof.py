@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from asymaffinity import experiments, proof
-from asymaffinity.experiments import Outcome, Run
-from asymaffinity.scenes import Materials, make_scenes
+from asymaffinity.experiments import Outcome, Run, Way
+from asymaffinity.scenes import SPLITS, Materials, make_scenes
 from shared_core import proof as records
 
 
@@ -19,17 +21,16 @@ def materials() -> Materials:
     return Materials()
 
 
-def test_test_scenes_share_no_pixel_and_no_outline_with_training(materials: Materials):
+def test_training_validation_and_test_share_no_pixel_and_no_outline(materials: Materials):
     """Trap 10."""
     photos = {
         split: [photo for (own, _), group in materials.photos.items() if own == split for photo in group]
-        for split in ("train", "test")
+        for split in SPLITS
     }
     for group in (photos, materials.garments, materials.digits):
-        train, test = ({part.tobytes() for part in group[split]} for split in ("train", "test"))
-        assert len(train) >= 10
-        assert len(test) >= 10
-        assert not train & test
+        parts = [{part.tobytes() for part in group[split]} for split in SPLITS]
+        assert min(len(part) for part in parts) >= 5
+        assert len(set.union(*parts)) == sum(len(part) for part in parts)
 
 
 def test_scenes_are_drawn_from_the_seed_and_boxes_are_tight(materials: Materials):
@@ -48,17 +49,19 @@ def test_a_run_trains_from_boxes_alone(monkeypatch: pytest.MonkeyPatch):
     """Trap 2: true masks replaced by garbage change what is judged, never what is learned."""
     monkeypatch.setattr(experiments, "TRAIN_SCENES", 10)
     monkeypatch.setattr(experiments, "TEST_SCENES", 8)
-    run = Run("asymaffinity", "asymmetric", (("color", 0.5), ("depthgrad", 0.5)), 7, 3, 10)
     experiments._cache.clear()
-    first = experiments.execute(run)
     train, test = experiments.prepared(7)
     garbage = torch.rand_like(train.masks.float()) > 0.5
-    experiments._cache[7] = (replace(train, masks=garbage), test)
-    second = experiments.execute(run)
-    assert np.array_equal(first.masks, second.masks)
-    assert [look["step"] for look in first.curve] == list(range(1, 11))
-    ceiling = Run("full masks", "masks", (), 7, 3, 10)
-    assert not np.array_equal(experiments.execute(ceiling).masks, first.masks)
+    ways = [proof.BOTH["asymmetric"], Way("mil")]
+    for way in [*ways, Way("masks")]:
+        run = Run("x", way, 7, 10)
+        experiments._cache[7, "test"] = (train, test)
+        first = experiments.execute(run)
+        experiments._cache[7, "test"] = (replace(train, masks=garbage), test)
+        second = experiments.execute(run)
+        assert np.array_equal(first.masks, second.masks) == (way.form != "masks")
+        assert [look["step"] for look in first.curve] == list(range(1, 11))
+    experiments._cache[7, "test"] = (train, test)
     bases = experiments.references(7)
     assert bases["box"]["fill"] == 1
     assert bases["truth"]["iou"] == 1
@@ -73,11 +76,11 @@ def judged(trivial: dict[str, float], ap: dict[str, float], tmp_path) -> list[bo
     )
     outcomes = [
         Outcome(
-            Run(name, form, weights, seed), 0.5, ap.get(name, 0.5), 0.6, 0.1, 0.0, 0.1,
+            Run(name, way, seed), 0.5, ap.get(name, 0.5), 0.6, 0.1, 0.0, 0.1,
             [{"step": 1, "trivial": trivial.get(name, 0.5)}], 1.0, np.zeros((1, 32, 32)),
         )
         for seed in (0, 1)
-        for name, (form, weights) in proof.METHODS.items()
+        for name, way in proof.METHODS.items()
     ]  # fmt: skip
     with run:
         proof._judge(run, outcomes)
@@ -94,11 +97,29 @@ def test_the_two_findings_are_judged_apart_by_their_numbers(tmp_path):
     assert judged({**trivial, "asymmetric depthgrad": 0.8}, ap, tmp_path) == [True, False]
 
 
-def test_every_method_runs_on_every_seed_with_the_same_steps_and_weight():
+def test_every_method_runs_on_every_seed_with_the_same_steps_and_every_setting_was_offered_to_all():
     runs = proof.plan([0, 1, 2])
     main = [run for run in runs if run.name in proof.METHODS]
     assert len(main) == 3 * len(proof.METHODS)
-    assert {(run.steps, run.warmup) for run in main} == {(experiments.STEPS, experiments.WARMUP)}
-    trained = [run for run in main if run.weights]
-    assert {sum(weight for _, weight in run.weights) for run in trained} == {1.0}
+    assert {run.steps for run in main} == {experiments.STEPS}
+    assert {run.split for run in runs} == {"test"}
     assert {run.name for run in runs} - set(proof.METHODS) == set(proof.ABLATIONS)
+    choices = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "choose_settings.py"))
+    assert set(proof.CHOSEN) == set(choices["WAYS"])
+    for way in proof.CHOSEN.values():
+        ((_, weight, which),) = way.terms
+        assert weight in choices["WEIGHTS"]
+        assert way.warmup in choices["WARMUPS"]
+        assert which in ("usual", *choices["EDGES"])
+    for form in ("symmetric", "asymmetric"):
+        both, parts = proof.BOTH[form], [proof.CHOSEN[f"{form} {name}"] for name in ("color", "depthgrad")]
+        assert [2 * weight for _, weight, _ in both.terms] == [part.terms[0][1] for part in parts]
+        assert both.warmup == max(part.warmup for part in parts)
+    assert not set(choices["SEEDS"]) & set(range(proof.FIRST_SEED, proof.FIRST_SEED + 100))
+
+
+def test_both_forms_are_shown_at_the_same_weight_with_and_without_warm_up():
+    """Trap 8."""
+    shown = {(way.form, way.terms[0][1], way.warmup > 0) for way in proof.ABLATIONS.values()}
+    for form in ("symmetric", "asymmetric"):
+        assert {(form, 1.0, True), (form, 1.0, False)} <= shown

@@ -222,7 +222,7 @@ def coco_boxes(
     for image in content["images"]:
         own = boxes_of.pop(image["id"], [])
         boxes = _checked(own, image, annotations)
-        solid = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(1)
+        solid = np.asarray((boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(1))
         if not solid.all():
             skipped["boxes smaller than a pixel"] = skipped.get("boxes smaller than a pixel", 0) + int(
                 (~solid).sum()

@@ -24,6 +24,7 @@ SIDE = 64
 SLOPE = 0.03
 """Disparity a row of the ground."""
 DEPTH_NOISE, IMAGE_NOISE = 0.01, 0.01
+SPLITS = ("train", "validation", "test")
 ROLES = ("object", "ground", "facade")
 LIKE_GROUND = 0.35
 """Share of objects of which a part has the ground's picture."""
@@ -54,11 +55,11 @@ def _rows(table: Any) -> Iterator[dict[str, Any]]:
 
 
 class Materials:
-    """Photographs and outlines, cut into a training and a test half that share nothing.
+    """Photographs and outlines, cut into parts for training, validation and testing that share nothing.
 
-    Of each photograph the left half is for training and the right one for testing: other pixels of the same
-    things, so that what an object looks like can be learned. Objects, grounds and facades have photographs of
-    their own.
+    Of each photograph the left half is for training, the upper right quarter for validation and the lower
+    one for testing: other pixels of the same things, so that what an object looks like can be learned.
+    Objects, grounds and facades have photographs of their own.
     """
 
     def __init__(self) -> None:
@@ -69,17 +70,21 @@ class Materials:
         garments = [np.asarray(row["image"]) > 10 for row in _rows(labelled_samples("fashion_mnist"))]
         digits = [np.asarray(row["image"]) > 100 for row in _rows(mnist5k().select(range(0, 5000, 10)))]
         thick = [cv2.dilate(digit.astype(np.uint8), np.ones((4, 4), np.uint8)) > 0 for digit in digits]
-        halves = {
+        right = [photo[:, photo.shape[1] // 2 :] for photo in photos]
+        pieces = {
             "train": [photo[:, : photo.shape[1] // 2] for photo in photos],
-            "test": [photo[:, photo.shape[1] // 2 :] for photo in photos],
+            "validation": [half[: len(half) // 2] for half in right],
+            "test": [half[len(half) // 2 :] for half in right],
         }
         self.photos = {
             (split, role): parts[n :: len(ROLES)]
-            for split, parts in halves.items()
+            for split, parts in pieces.items()
             for n, role in enumerate(ROLES)
         }
-        self.garments = {"train": garments[::2], "test": garments[1::2]}
-        self.digits = {"train": thick[::2], "test": thick[1::2]}
+        self.garments, self.digits = (
+            {"train": outlines[::2], "validation": outlines[1::4], "test": outlines[3::4]}
+            for outlines in (garments, thick)
+        )
 
     def texture(
         self, split: str, role: str, draw: np.random.Generator, region: tuple[int, int], size: int
@@ -107,11 +112,11 @@ def make_scenes(materials: Materials, split: str, count: int, seed: int) -> Scen
 
     Args:
         materials: What they are made of.
-        split: ``train`` or ``test``: whose photographs and outlines.
+        split: ``train``, ``validation`` or ``test``: whose photographs and outlines.
         count: How many.
         seed: Of everything.
     """
-    draw = np.random.default_rng([seed, {"train": 0, "test": 1}[split]])
+    draw = np.random.default_rng([seed, SPLITS.index(split)])
     images, fields, masks, owner = [], [], [], []
     for n in range(count):
         image, disparity, visible = _scene(materials, split, draw)
