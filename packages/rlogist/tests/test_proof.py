@@ -51,7 +51,7 @@ def test_test_slides_choose_nothing(tmp_path):
     for name in ("as they are", "turned over"):
         tumour = [np.ones(len(bag), bool) for bag in made]
         data = Dataset([], made, tumour, [])
-        _, state = observe((data, sizes, 0))
+        _, state = observe((data, sizes, 0, False))
         folder = tmp_path / name
         run_update((data, sizes, 0, "global", state, folder))
         results.append((folder / "model.safetensors").read_bytes())

@@ -190,25 +190,26 @@ def run_seeds(
         jobs: Processes.
         progress: Called with (tasks done, tasks in all).
     """
-    total = len(seeds) * (1 + len(UPDATES))
+    total = len(seeds) * (2 + len(UPDATES))
     report = progress or (lambda done, total: None)
     observed = _results(
         run_all(
             observe,
-            [(data, sizes, seed) for seed in seeds],
+            [(data, sizes, seed, scan_only) for scan_only in (False, True) for seed in seeds],
             jobs=jobs,
             progress=lambda done, _: report(done, total),
         )
     )
     tasks = [
         (data, sizes, seed, update, state, folder if (seed, update) == (seeds[0], "global") else None)
-        for seed, (_, state) in zip(seeds, observed, strict=True)
+        for seed, (_, state) in zip(seeds, observed[: len(seeds)], strict=True)
         for update in UPDATES
     ]
     after = _results(
-        run_all(run_update, tasks, jobs=jobs, progress=lambda done, _: report(len(seeds) + done, total))
+        run_all(run_update, tasks, jobs=jobs, progress=lambda done, _: report(2 * len(seeds) + done, total))
     )
-    found = [dict(numbers) for numbers, _ in observed]
+    numbers = [numbers for numbers, _ in observed]
+    found = [low | full for full, low in zip(numbers[: len(seeds)], numbers[len(seeds) :], strict=True)]
     for index, numbers in enumerate(after):
         found[index // len(UPDATES)] |= numbers
     return found
@@ -221,15 +222,17 @@ def _results(done: Sequence[Done]) -> list[Any]:
     return [one.result for one in done]
 
 
-def observe(task: tuple[Dataset, Sizes, int]) -> tuple[Numbers, State]:
-    """What sees all regions of a seed's slides: stage A, classifiers on its V, and one of the scan alone."""
+def observe(task: tuple[Dataset, Sizes, int, bool]) -> tuple[Numbers, State]:
+    """What chooses no regions: a classifier of a seed's scans alone, or stage A and classifiers on its V."""
     torch.set_num_threads(1)
-    data, sizes, seed = task
+    data, sizes, seed, scan_only = task
     sides = split(data.bags, seed)
     bags, held, judged = ([data.bags[i] for i in own] for own in (sides.train, sides.validation, sides.test))
-    numbers = {"low-res only": low_res(bags, held, judged, sizes, seed)}
+    if scan_only:
+        return {"low-res only": low_res(bags, held, judged, sizes, seed)}, {}
     modules = best_start(bags, held, sizes, seed)
     stores = [make_store(own, modules) for own in (bags, held, judged)]
+    numbers = Numbers()
     for pooling in MIL_POOLINGS:
         rival = fit_pooled(pooling, *stores[:2], classes=2, seed=seed, width=sizes.architecture.width)
         with torch.no_grad():
