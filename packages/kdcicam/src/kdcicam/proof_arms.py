@@ -15,18 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kdcicam.backbones import LEAK
 from kdcicam.baselines import BASELINES
 from kdcicam.boxes import boxes_from_map
-from kdcicam.checkpoints import load_model, read_tensors, save_model
+from kdcicam.checkpoints import load_model, save_model
 from kdcicam.data import Images, load_images
 from kdcicam.evaluation import evaluate
-from kdcicam.flagged import FlaggedImages
-from kdcicam.images import Augmentation, for_evaluation, read_image
+from kdcicam.images import for_evaluation, read_image
 from kdcicam.losses import Teachers
 from kdcicam.model import CICAM
-from kdcicam.proof_scenes import CLASSES, MASKS, SIZE, apart_root
+from kdcicam.proof_scenes import CLASSES, CONTEXTS, SIZE, apart_root, masks_file
+from kdcicam.runs import flagged
 from kdcicam.settings import Role, Settings
 from kdcicam.training import train
 from shared_core.files import atomic_path
@@ -36,15 +38,18 @@ Array = np.ndarray
 METRICS = ("top1_cls", "top1_loc", "gt_known", "max_box_acc_v2")
 SLICES = ("together", "apart")
 START = "start.safetensors"
-CROPS = ("crop:0.7,1", "crop:0.7,1", "crop:0.7,1")
-"""For flags 0, 1 and 2. Mirrored digits are none, so nothing is mirrored."""
 COMMON: dict[str, Any] = {
     "batch_size": 8,
-    "lr": 3e-3,
+    "lr": 2e-3,
     "lr_ratio": 1.0,
-    "epochs": 5,
+    "epochs": 4,
     "checkpoint_every": 10**6,
+    # Mirrored digits are none, so nothing is mirrored.
+    "augmentation": "crop:0.7,1",
+    "augmentation_cls": "crop:0.7,1",
+    "augmentation_loc": "crop:0.7,1",
 }
+START_SETTINGS = {"epochs": 4, "batch_size": 16, "lr": 3e-3}
 CONTEXT_CLASSES = 200
 """The context convolution starts at the size that it has for so many classes, as in the paper."""
 _BATCH = 50
@@ -138,16 +143,14 @@ def train_arm(task: Task) -> CICAM:
         **{**COMMON, **arm.settings, **task.settings},
     )
     model = new_model(settings, task.models / START)
-    flags = arm.flags if arm.role == "student" else (0,)
-    crops = {flag: Augmentation.parse(text) for flag, text in enumerate(CROPS)}
-    data = FlaggedImages(load_images(task.data, "train"), SIZE, crops, flags, task.seed, keep=True)
+    data = flagged(settings, load_images(task.data, "train"), keep=True)
     cls, loc = (None if name is None else load_model(task.folder(name)) for name in (arm.cls, arm.loc))
     teachers = None if cls is None and loc is None else Teachers(cls, loc, model)
     return train(model, data, settings, teachers=teachers).model.eval()
 
 
-def new_model(settings: Settings, start: Path | None = None) -> CICAM:
-    """The model of an arm before training: the start, and by the seed what the start does not hold."""
+def new_model(settings: Settings, start: Path) -> CICAM:
+    """The model of an arm before training: the start's backbone, and the rest by the seed."""
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
         model = CICAM(
@@ -166,56 +169,59 @@ def new_model(settings: Settings, start: Path | None = None) -> CICAM:
             CONTEXT_CLASSES**-0.5,
             torch.Generator().manual_seed(settings.seed),
         )
-    if start is not None:
-        known = model.state_dict()
-        model.load_state_dict({k: v for k, v in read_tensors(start).items() if k in known}, strict=False)
+    model.backbone.load_state_dict(load_file(start), strict=False)  # a non-local block begins as identity
     return model
 
 
 def make_start(
     data: Any, models: Path, settings: Mapping[str, Any], progress: Callable[[int, float], None]
 ) -> float:
-    """Train the common start on objects without contexts, and return its top-1 in training."""
-    from safetensors.torch import save_file
-
+    """Train the common start to name digits and contexts, each alone; keep its backbone, return its top-1."""
     asked = Settings("nl-ccam", backbone="kdcicam.proof_net:plain", image_size=SIZE, **{**COMMON, **settings})
-    trained = train(new_model(asked), data, asked, progress=progress)
-    kept = {
-        name: value.contiguous()
-        for name, value in trained.model.state_dict().items()
-        if name.startswith(("backbone.", "classifier."))
-    }
+    with torch.random.fork_rng([]):
+        torch.manual_seed(asked.seed)
+        model = CICAM(asked.backbone, CLASSES + len(CONTEXTS), image_size=SIZE, context=False)
+        for layer in model.backbone.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, LEAK)
+    trained = train(model, data, asked, progress=progress)
     models.mkdir(parents=True, exist_ok=True)
     with atomic_path(models / START) as temporary:
-        save_file(kept, temporary)
+        save_file(trained.model.backbone.state_dict(), temporary)
     return float(trained.history[-1]["train_top1"])
 
 
 def measure(task: Task, method: str, kind: str, model: CICAM) -> Measured:
-    """Scores on both slices, at the threshold that validation images choose; where the map's mass lies."""
+    """Scores on both slices, at the threshold that validation images choose; where the maps are bright."""
     held = load_images(task.data, "val")
-    threshold: Any = "validation"
-    metrics, fixed = dict[str, float](), dict[str, float]()
+    metrics, threshold = validation_scores(model, kind, held)
+    metrics["entanglement validation"] = _entanglement(model, kind, held, task.data)
+    fixed = dict[str, float]()
     kept_maps, kept_boxes = [], []
     for part in SLICES:
         root = task.data if part == "together" else apart_root(task.data)
         images = load_images(root, "test")
-        scores = evaluate(model, images, held, threshold=threshold, methods=(kind,), batch_size=_BATCH)[
-            kind
-        ].scores
-        threshold = scores["threshold"]
+        scores = evaluate(model, images, threshold=threshold, methods=(kind,), batch_size=_BATCH)[kind].scores
         metrics |= {f"{key} {part}": scores[key] for key in METRICS}
         fixed |= {f"{key} {part}": scores[key]["gt_known"] for key in ("whole_crop", "center_box")}
-        maps = maps_of(model, kind, images)
-        metrics[f"context_share {part}"] = mass_share(maps, np.load(root / MASKS))
-        for index in task.shown:
-            kept_maps.append(maps[index])
-            kept_boxes.append(boxes_from_map(maps[index], threshold).box)
-    known = evaluate(model, held, threshold=threshold, methods=(kind,), batch_size=_BATCH, contours=False)[
+        metrics[f"entanglement {part}"] = _entanglement(model, kind, images, root)
+        maps = maps_of(model, kind, images.take(list(task.shown)))
+        kept_maps += list(maps)
+        kept_boxes += [boxes_from_map(one, threshold).box for one in maps]
+    return Measured(method, task.seed, metrics, fixed, threshold, np.array(kept_maps), np.array(kept_boxes))
+
+
+def validation_scores(model: CICAM, kind: str, held: Images) -> tuple[dict[str, float], float]:
+    """Scores on validation images, and the threshold of highest GT-known that they are at."""
+    scores = evaluate(model, held, threshold="oracle", methods=(kind,), batch_size=_BATCH, contours=False)[
         kind
     ].scores
-    metrics |= {f"{key} validation": known[key] for key in ("top1_cls", "gt_known")}
-    return Measured(method, task.seed, metrics, fixed, threshold, np.array(kept_maps), np.array(kept_boxes))
+    return {f"{key} validation": scores[key] for key in METRICS[:3]}, scores["threshold"]
+
+
+def _entanglement(model: CICAM, kind: str, images: Images, root: Path) -> float:
+    maps = maps_of(model, kind, images)
+    return entanglement(maps, np.load(masks_file(root, images.split)), np.concatenate(images.boxes))
 
 
 def maps_of(model: CICAM, kind: str, images: Images) -> Array:
@@ -229,7 +235,25 @@ def maps_of(model: CICAM, kind: str, images: Images) -> Array:
     return np.concatenate(made)
 
 
-def mass_share(maps: Array, masks: Array) -> float:
-    """How much of a map's mass lies on the context, on average over the images."""
-    total = maps.sum((1, 2)).clip(1e-9)
-    return float(((maps * masks).sum((1, 2)) / total).mean())
+def entanglement(maps: Array, masks: Array, boxes: Array) -> float:
+    """How bright maps are on the context, over how bright they are on the object's other side.
+
+    Maps fall off around an object, and the context lies beside it: so each pixel of the context outside the
+    box is set against its reflection through the box's centre, where that is in the image. 1 is none.
+
+    Args:
+        maps: Each is taken as a share of its maximum, [images, height, width].
+        masks: Where the context shows.
+        boxes: The objects', xyxy [images, 4], whole numbers.
+    """
+    sums = np.zeros(2)
+    height, width = maps.shape[1:]
+    for values, mask, (x0, y0, x1, y1) in zip(maps, masks, boxes.astype(int), strict=True):
+        ys, xs = np.nonzero(mask)
+        other_ys, other_xs = y0 + y1 - 1 - ys, x0 + x1 - 1 - xs
+        counted = (other_ys >= 0) & (other_ys < height) & (other_xs >= 0) & (other_xs < width)
+        counted &= (ys < y0) | (ys >= y1) | (xs < x0) | (xs >= x1)
+        if counted.any() and values.max() > 0:
+            here, there = values[ys[counted], xs[counted]], values[other_ys[counted], other_xs[counted]]
+            sums += np.array([here.mean(), there.mean()]) / values.max()
+    return float(sums[0] / max(sums[1], 1e-9))

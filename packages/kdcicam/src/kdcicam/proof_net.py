@@ -16,15 +16,14 @@ STRIDES = (2, 2, 1, 1)
 def _layer(channels: int, width: int, stride: int) -> list[nn.Module]:
     kernel = 5 if channels == 3 else 3
     return [
-        nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(width),
+        nn.Conv2d(channels, width, kernel, stride, kernel // 2),
         nn.LeakyReLU(LEAK),
     ]
 
 
 def plain() -> nn.Sequential:
     """The convolutions alone: CAM's."""
-    channels, layers = 3, []
+    channels, layers = 3, list[nn.Module]()
     for width, stride in zip(WIDTHS, STRIDES, strict=True):
         layers += _layer(channels, width, stride)
         channels = width

@@ -2,11 +2,13 @@
 
 A digit (MNIST, 28x28) stands near the middle of a photograph's crop. Beside it lies its *context*, an ellipse
 out of another photograph. Five photographs are contexts, and every two classes share one: in training the
-context is the class's own in 19 of 20 images, so that it tells the class almost as well as the digit does.
-In the slice ``apart`` the context is always another pair's.
+context is the class's own in 19 of 20 images, so it says which two classes come into question.
+In the slice ``apart`` the context is always another pair's. Validation images are half of one kind, half of
+the other.
 
 Training scenes take digits and parts of photographs that no other scene has: photographs are cut in two.
-The network that all methods start from has seen other digits still, on the same grounds, without any context.
+The network that all methods start from has learned to name other digits and the contexts, each alone on a
+ground: it can see both, as one that has learned ImageNet can see a duck and a lake.
 """
 
 from __future__ import annotations
@@ -43,8 +45,6 @@ TRAIN_PART = 0.6
 
 START_FROM = 300
 """Digits of a class from this number on (of 500) are the start's; those before are for scenes."""
-MASKS = "contexts.npy"
-"""Beside the images: where the context shows in each test image."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,12 @@ class Sizes:
     """Scenes of each class."""
 
     train: int = 40
-    val: int = 12
+    val: int = 24
+    """Half with the class's own context, half with another's."""
     test: int = 20
+    """In each slice."""
+    start: int = 200
+    """For the common start: digits of each class, and as many of each context."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def make_scene(sources: Sources, label: int, digit: int, part: str, generator: n
         sources: Of digits and photographs.
         label: The class.
         digit: Which of its digits.
-        part: ``train``, ``val``, ``together`` or ``apart``; ``start`` has no context.
+        part: ``train``, ``val``, ``together``, or ``apart`` and ``val-apart``; ``start`` has no context.
         generator: Of everything that is drawn.
     """
     pictures = sources.left if part in ("train", "start") else sources.right
@@ -125,7 +129,7 @@ def make_scene(sources: Sources, label: int, digit: int, part: str, generator: n
 
 def _context_of(label: int, part: str, generator: np.random.Generator) -> int:
     own = own_context(label)
-    if part != "apart" and generator.random() < OWN:
+    if not part.endswith("apart") and generator.random() < OWN:
         return own
     return int(generator.choice([c for c in range(len(CONTEXTS)) if c != own]))
 
@@ -161,10 +165,17 @@ def _ellipse(box: tuple[int, int, int, int], generator: np.random.Generator) -> 
 
 
 def make_scenes(sources: Sources, sizes: Sizes, seed: int) -> dict[str, list[Scene]]:
-    """All scenes of a seed by part: ``train``, ``val``, ``together``, ``apart``; no digit is in two."""
+    """All scenes of a seed, by part (``train``, ``val``, ``together``, ``apart``); no digit is in two."""
     made: dict[str, list[Scene]] = {}
     orders = [np.random.default_rng([seed, k]).permutation(START_FROM) for k in range(CLASSES)]
-    counts = {"train": sizes.train, "val": sizes.val, "together": sizes.test, "apart": sizes.test}
+    half = sizes.val // 2
+    counts = {
+        "train": sizes.train,
+        "val": sizes.val - half,
+        "val-apart": half,
+        "together": sizes.test,
+        "apart": sizes.test,
+    }
     first = 0
     for number, (part, count) in enumerate(counts.items()):
         generator = np.random.default_rng([seed, CLASSES, number])
@@ -174,20 +185,35 @@ def make_scenes(sources: Sources, sizes: Sizes, seed: int) -> dict[str, list[Sce
             for index in range(count)
         ]
         first += count
+    made["val"] = sorted(made["val"] + made.pop("val-apart"), key=lambda scene: scene.label)
     return made
 
 
-def make_objects(sources: Sources, count: int, seed: int) -> list[Scene]:
-    """Digits without contexts, `count` of each class."""
+def make_start_scenes(sources: Sources, count: int, seed: int) -> list[Scene]:
+    """`count` digits of each class (labels 0 to 9) and `count` pieces of each context (from 10 on), alone."""
     generator = np.random.default_rng([seed, CLASSES + 1])
-    return [
+    digits = [
         make_scene(sources, label, START_FROM + index, "start", generator)
         for label in range(CLASSES)
         for index in range(count)
     ]
+    contexts = [
+        _context_alone(sources, number, generator) for number in range(len(CONTEXTS)) for _ in range(count)
+    ]
+    return digits + contexts
 
 
-class StartDigits(Dataset[tuple[Tensor, int, int]]):
+def _context_alone(sources: Sources, number: int, generator: np.random.Generator) -> Scene:
+    canvas = DIM * _crop(sources.left[str(generator.choice(GROUNDS))], generator)
+    width, height = (int(side) for side in generator.integers(*DIGIT, 2, endpoint=True))
+    x, y = (int(generator.integers(1, SIZE - side)) for side in (width, height))
+    box = (x, y, x + width, y + height)  # an ellipse touches it, as it would a digit's
+    context = _ellipse(box, generator)
+    canvas = np.where(context[..., None], _crop(sources.left[CONTEXTS[number]], generator), canvas)
+    return Scene(Image.fromarray(canvas.round().astype(np.uint8)), CLASSES + number, box, context)
+
+
+class StartScenes(Dataset[tuple[Tensor, int, int]]):
     """Scenes in memory, as `kdcicam.training.train` takes them."""
 
     def __init__(self, scenes: list[Scene]) -> None:
@@ -200,6 +226,11 @@ class StartDigits(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         scene = self.scenes[key[1]]
         return self.whole(scene.image, SIZE), scene.label, 0
+
+
+def masks_file(root: Path, split: str) -> Path:
+    """Where the context shows in the images of ``val`` or ``test``, bool [images, size, size]."""
+    return root / f"{split}-contexts.npy"
 
 
 def apart_root(root: Path) -> Path:
@@ -221,6 +252,6 @@ def write_scenes(root: Path, scenes: dict[str, list[Scene]]) -> None:
             x0, y0, x1, y1 = scene.box
             notes.append({"id": number, "image_id": number, "bbox": [x0, y0, x1 - x0, y1 - y0]})
         write_json(base / f"{split}.json", {"images": entries, "annotations": notes})
-        if split == "test":
-            with atomic_path(base / MASKS) as temporary, temporary.open("wb") as file:
+        if split != "train":
+            with atomic_path(masks_file(base, split)) as temporary, temporary.open("wb") as file:
                 np.save(file, np.stack([scene.context for scene in found]))
