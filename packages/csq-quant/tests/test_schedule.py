@@ -396,5 +396,5 @@ def test_a_budget_of_bytes_is_met_by_what_the_file_takes(target, n_bits):
         warnings.simplefilter("ignore")  # of the gap: gates of so short a run are undecided
         train(model, optimizer_for(model, 0.05), schedule, 60)
         report = csq.harden(model).report
-    # A plane of the largest layer is 0.23 bits of the average here, and processors round such short runs apart.
+    # A plane of the largest layer is 0.23 bits of the average here, and processors round short runs apart.
     assert report.average_stored_bits == pytest.approx(target, rel=0.04)
