@@ -22,8 +22,8 @@ from shared_core import InputError, metrics
 
 def decibels(exact: Tensor, near: Tensor) -> float:
     """Signal to noise, from its definition."""
-    noise = (exact.double() - near.double()).square().sum()
-    return 10 * math.log10(exact.double().square().sum() / noise) if noise else math.inf
+    noise = (exact.double() - near.double()).square().sum().item()
+    return 10 * math.log10(exact.double().square().sum().item() / noise) if noise else math.inf
 
 
 def pixels(count: int = 8, size: int = 32, seed: int = 0) -> Tensor:
