@@ -176,7 +176,21 @@ def new_model(settings: Settings, start: Path) -> CICAM:
 def make_start(
     data: Any, models: Path, settings: Mapping[str, Any], progress: Callable[[int, float], None]
 ) -> float:
-    """Train the common start to name digits and contexts, each alone; keep its backbone, return its top-1."""
+    """Train the common start to name digits and contexts, each alone; keep its backbone, return its top-1.
+
+    On one thread, as the arms: with more, sums round otherwise, and so would everything that starts here.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _make_start(data, models, settings, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make_start(
+    data: Any, models: Path, settings: Mapping[str, Any], progress: Callable[[int, float], None]
+) -> float:
     asked = Settings("nl-ccam", backbone="kdcicam.proof_net:plain", image_size=SIZE, **{**COMMON, **settings})
     with torch.random.fork_rng([]):
         torch.manual_seed(asked.seed)
