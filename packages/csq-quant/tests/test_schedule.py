@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hosted_models import images, optimizer_for, small_net, train, unchecked
 from torch import nn
 
 import csq
+from csq.budget import rare_values
+from csq.storage import CODEBOOK_BITS, file_bits, pack_codes
 from shared_core import InputError
 
 
@@ -396,5 +399,47 @@ def test_a_budget_of_bytes_is_met_by_what_the_file_takes(target, n_bits):
         warnings.simplefilter("ignore")  # of the gap: gates of so short a run are undecided
         train(model, optimizer_for(model, 0.05), schedule, 60)
         report = csq.harden(model).report
-    # A plane of the largest layer is 0.23 bits of the average here, and processors round short runs apart.
-    assert report.average_stored_bits == pytest.approx(target, rel=0.04)
+    assert report.average_stored_bits == pytest.approx(target, rel=0.02)
+
+
+def test_rare_values_are_given_up_for_the_nearest_where_the_file_is_less_for_it():
+    codes = np.repeat(np.array([-65, -64, -1, 0, 1, 64, 65, 66], np.int16), 50)
+    codes[7], codes[399] = 63, -63  # ten values, two of them of one weight each
+    saved, weights, instead = rare_values(codes)
+    changed = codes.copy()
+    changed[weights] = codes[instead]
+    sizes = [
+        8 * packed.stream.size + CODEBOOK_BITS * len(packed.codebook)
+        for packed in (pack_codes(codes), pack_codes(changed))
+        if packed.codebook is not None
+    ]
+    assert saved == pytest.approx((sizes[0] - sizes[1]) / codes.size)
+    assert saved > 1
+    assert weights.tolist() == [7, 399]
+    assert changed[weights].tolist() == [64, -64]
+    assert rare_values(np.repeat(np.arange(9, dtype=np.int16), 50))[0] == 0  # none is rare
+
+
+def test_the_last_step_brings_a_file_back_that_finetuning_made_larger():
+    """One weight that takes a value of its own, after the scheme was fixed."""
+    model = nn.Sequential(nn.Linear(40, 40, bias=False))
+    csq.parametrize(model, 8)
+    schedule = csq.Schedule(model, 3.0, 20, budget="bytes", search=0.5, on_miss="settle")
+    (planes,) = csq.bit_layers(model).values()
+    for _ in range(10):
+        schedule.step()
+    with torch.no_grad():
+        planes.set_live(torch.tensor([True, False, False, False, False, False, True, False]))
+        for plane in (0, 6):  # values 0, 1, 64, 65 and their negatives but for one
+            planes.positive[plane] = torch.randint(0, 2, (40, 40)) - 0.5
+            planes.negative[plane] = -0.5
+        planes.negative[0, 0, 0], planes.positive[0, 0, 0] = 0.5, -0.5
+        planes.positive[6, 0, 0] = 0.5
+    before = planes.codes().clone()
+    assert before[0, 0] == 63
+    schedule.target_bits = file_bits(np.where(before == 63, 64, before).astype(np.int16))
+    for _ in range(10):
+        schedule.step()
+    after = planes.codes()
+    assert (after != before).nonzero().tolist() == [[0, 0]]
+    assert after[0, 0] == 64

@@ -6,16 +6,23 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int16
 from torch import Tensor
 
-from csq.storage import paper_bits, stored_bits
+from csq.storage import file_bits, paper_bits, stored_bits
+
+Array = np.ndarray
 
 Budget = Literal["weights", "layers", "bytes"]
 
 TOLERANCE = 0.02
 """`settle` brings the average within this share of the target."""
+
+
+RARE = 0.01
+"""Share of a layer's weights that may change their value for the file's sake."""
 
 
 class Average:
@@ -104,6 +111,37 @@ def settle(
                 if fits and sum(tried) >= min_bits and not (contiguous and _has_gap(tried)):
                     rows[layer], gap, moved = tried, gap + change, True
     return torch.tensor(rows), target + gap
+
+
+def rare_values(codes: Int16[np.ndarray, "..."]) -> tuple[float, Array, Array]:
+    """The rarest values of a layer that save most in the file, for each weight that has to change.
+
+    Args:
+        codes: of the layer.
+
+    Returns:
+        Bits a weight that giving them up saves, the places of the weights that have them, and for each the
+        place of a weight with the nearest value that stays; 0 and no places where at most `RARE` of the
+        weights save nothing.
+    """
+    flat = codes.reshape(-1)
+    values, counts = np.unique(flat, return_counts=True)
+    order, before = counts.argsort(kind="stable"), file_bits(flat)
+    best = (0.0, np.empty(0, int), np.empty(0, int))
+    least = 0.0
+    for dropped in range(1, len(values)):
+        if counts[order[:dropped]].sum() > RARE * flat.size:
+            break
+        kept = values[np.sort(order[dropped:])]
+        weights = np.flatnonzero(~np.isin(flat, kept))
+        nearest = kept[np.abs(kept[None].astype(int) - flat[weights, None]).argmin(1)]
+        changed = flat.copy()
+        changed[weights] = nearest
+        saved = before - file_bits(changed)
+        if saved / len(weights) > least:
+            least = saved / len(weights)
+            best = (saved, weights, np.array([np.argmax(flat == value) for value in nearest]))
+    return best
 
 
 def _has_gap(mask: tuple[bool, ...]) -> bool:

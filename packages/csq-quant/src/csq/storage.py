@@ -116,6 +116,12 @@ def stored_form(codes: Int16[np.ndarray, "..."]) -> tuple[int, int, Int16[np.nda
     return narrow, low, (np.flatnonzero(present) + low).astype(np.int16)
 
 
+def file_bits(codes: Int16[np.ndarray, "..."]) -> float:
+    """Bits a weight that `pack_codes` takes for these codes, the codebook included."""
+    width, _, codebook = stored_form(codes)
+    return width + (0.0 if codebook is None else CODEBOOK_BITS * len(codebook) / codes.size)
+
+
 def unpack_codes(packed: Packed) -> Int16[np.ndarray, " count"]:
     """The inverse of `pack_codes`, flat.
 
