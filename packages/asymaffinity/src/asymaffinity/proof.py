@@ -55,9 +55,10 @@ METHODS: dict[str, Way] = {
 """The asymmetric loss on both is named like the package."""
 ABLATIONS: dict[str, Way] = {
     **{
-        f"{form} depthgrad, weight 1, {'warm-up' if warmup else 'no warm-up'}": Way(
-            form, (("depthgrad", 1.0, "usual"),), warmup
+        f"{form} depthgrad, weight {weight:g}, {'warm-up' if warmup else 'no warm-up'}": Way(
+            form, (("depthgrad", weight, "usual"),), warmup
         )
+        for weight in (1.0, 3.0)
         for warmup in (50, 0)
         for form in ("symmetric", "asymmetric")
     },
