@@ -47,6 +47,12 @@ def test_component_boxes_are_scipys(seed, connectivity, share):
     assert boxes.component_boxes(mask, connectivity).tolist() == expected
 
 
+def test_widths_and_heights_become_right_and_bottom():
+    made = random_boxes(np.random.default_rng(0), 6)
+    sides = np.stack([made[:, 0], made[:, 1], made[:, 2] - made[:, 0], made[:, 3] - made[:, 1]], 1)
+    assert boxes.xywh_to_xyxy(sides).tolist() == made.tolist()
+
+
 @pytest.mark.parametrize(
     ("box", "words"),
     [

@@ -45,7 +45,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a 
 ProofFolder = Annotated[
     Path, typer.Option(help="Folder for proof.json and pictures.", callback=folder_to_write)
 ]
-Seeds = Annotated[int, typer.Option(min=1, help="How many seeds: 0 to N-1.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A shortened run: shows that all works, not the claim.")]
 """`--out`, `--seeds` and `--quick` of `prove`."""
 
