@@ -3,7 +3,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import ndimage
 from torchvision.ops import box_iou
 
 from shared_core import InputError, boxes
@@ -38,44 +37,12 @@ def test_empty_boxes_overlap_nothing():
     assert boxes.iou(np.zeros((1, 4)), np.zeros((1, 4)))[0, 0] == 0
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([4, 8]), st.floats(0, 1))
-def test_component_boxes_are_scipys(seed, connectivity, share):
-    mask = np.random.default_rng(seed).random((9, 13)) < share
-    structure = np.ones((3, 3)) if connectivity == 8 else None
-    labels, _ = ndimage.label(mask, structure)
-    expected = [[x.start, y.start, x.stop, y.stop] for y, x in ndimage.find_objects(labels)]
-    assert boxes.component_boxes(mask, connectivity).tolist() == expected
-
-
 def test_widths_and_heights_become_right_and_bottom():
     made = random_boxes(np.random.default_rng(0), 6)
     sides = np.stack([made[:, 0], made[:, 1], made[:, 2] - made[:, 0], made[:, 3] - made[:, 1]], 1)
     assert boxes.xywh_to_xyxy(sides).tolist() == made.tolist()
 
 
-@pytest.mark.parametrize(
-    ("box", "words"),
-    [
-        ([30, 40, 10, 12], "looks like x, y, width, height"),
-        ([30, 40, 10, 39], r"x0 < x1 and y0 < y1 \(got"),
-        ([3, 4, 3, 9], "x0 < x1"),
-        ([0, 0, 60, 9], "outside the image of 50x60"),
-        ([-5, 0, 6, 9], "outside the image"),
-        ([0, 0, float("nan"), 9], "finite"),
-    ],
-)
-def test_a_box_that_is_none_is_named(box, words):
-    with pytest.raises(InputError, match=rf"^duck\.jpg: box: .*({words})"):
-        boxes.check_boxes(np.array([box]), 50, 60, name="duck.jpg")
-
-
-def test_good_boxes_pass():
-    assert boxes.check_boxes(np.array([[0, 0, 50, 60]]), 50, 60).tolist() == [[0, 0, 50, 60]]
-    assert boxes.check_boxes(np.zeros((0, 4)), 5, 5).shape == (0, 4)
-
-
 def test_wrong_shapes_are_said():
     with pytest.raises(InputError, match=r"a: expected boxes of shape \[n, 4\] \(got \(4,\)\)"):
         boxes.iou(np.zeros(4), np.zeros((1, 4)))
-    with pytest.raises(InputError, match="mask: expected a mask"):
-        boxes.component_boxes(np.zeros(3))

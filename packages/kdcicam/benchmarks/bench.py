@@ -2,7 +2,7 @@
 
     python packages/kdcicam/benchmarks/bench.py --out runs/bench/kdcicam [--vgg]
 
-Rows: boxes of all contours at 1,000 thresholds against OpenCV traced at each; the context branch and the
+Rows: boxes of all contours at 1,000 thresholds against OpenCV tracing at each; the context branch and the
 pool's update against the dense form, and as a share of a training step, at 1,000 classes; the
 combinational map against combining all class maps; the teachers' forwards; memory of a student's step.
 """
@@ -10,10 +10,7 @@ combinational map against combining all class maps; the teachers' forwards; memo
 from __future__ import annotations
 
 import argparse
-import platform
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +20,47 @@ import torch
 from torch import nn
 
 from kdcicam import CICAM, ClassifierLoss, Teachers, TwoTeacherLoss, contour_boxes, functional
-from kdcicam.box_sweep import sweep_components
-from shared_core.files import write_json
+from shared_core.bench import finish, in_turns, row
 
-REPEATS = 5
-
-
-def seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The fastest of a few runs, in processor time: other work on the machine does not count."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times)
+TORCH = torch.__version__
 
 
-def row(
-    what: str, ours: float, theirs: float, peer: str, peer_version: str, unit: str = "ms"
-) -> dict[str, Any]:
-    return {
-        "what": what,
-        "ours": ours,
-        "theirs": theirs,
-        "peer": peer,
-        "peer_version": peer_version,
-        "ratio": theirs / ours,
-        "unit": unit,
-    }
+def fastest(*works: Callable[[], Any], rounds: int = 5) -> list[float]:
+    """Milliseconds of each work at its fastest, in processor time, taking turns."""
+    return (1e3 * in_turns(works, rounds, warm_up=1).min(axis=0)).tolist()
+
+
+def traced(gray: np.ndarray, taus: np.ndarray) -> list[list[tuple[int, ...]]]:
+    """The reference evaluation's way: threshold and trace at each tau."""
+    found = []
+    for tau in taus:
+        _, binary = cv2.threshold(gray, int(tau * np.max(gray)), 255, cv2.THRESH_BINARY)
+        contours = cv2.findContours(binary, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
+        max(contours, key=cv2.contourArea)
+        sides = [cv2.boundingRect(contour) for contour in contours]
+        found.append([(x, y, min(x + w, 223), min(y + h, 223)) for x, y, w, h in sides])
+    return found
 
 
 def box_rows() -> list[dict[str, Any]]:
-    taus, rows = np.arange(0, 1, 0.001), []
+    taus, rows, count = np.arange(0, 1, 0.001), [], 8
     for cells in (7, 14, 28):
-        values = cv2.resize(np.random.default_rng(0).random((cells, cells)).astype(np.float32), (224, 224))
-        scaled = (values - values.min()) / (values.max() - values.min())
-        gray = (scaled.astype(np.float64) * 255).astype(np.uint8)
-
-        def traced(gray: np.ndarray = gray) -> list[list[tuple[int, ...]]]:
-            found = []
-            for tau in taus:
-                _, binary = cv2.threshold(gray, int(tau * np.max(gray)), 255, cv2.THRESH_BINARY)
-                contours = cv2.findContours(binary, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
-                max(contours, key=cv2.contourArea)
-                sides = [cv2.boundingRect(contour) for contour in contours]
-                found.append([(x, y, min(x + w, 223), min(y + h, 223)) for x, y, w, h in sides])
-            return found
-
-        ours, theirs = contour_boxes(scaled, taus), traced()
-        assert all(sorted(map(tuple, ours.at(i).tolist())) == sorted(t) for i, t in enumerate(theirs))
+        generator = np.random.default_rng(0)
+        rough = [generator.random((cells, cells)).astype(np.float32) for _ in range(count)]
+        maps = [cv2.resize(one, (224, 224)) for one in rough]
+        maps = [(one - one.min()) / (one.max() - one.min()) for one in maps]
+        grays = [(one.astype(np.float64) * 255).astype(np.uint8) for one in maps]
+        for one, gray in zip(maps, grays, strict=True):
+            ours = contour_boxes(one, taus)
+            for number, theirs in enumerate(traced(gray, taus)):
+                assert sorted(map(tuple, ours.at(number).tolist())) == sorted(theirs)
+        times = fastest(
+            lambda maps=maps: [contour_boxes(one, taus) for one in maps],
+            lambda grays=grays: [traced(gray, taus) for gray in grays],
+        )
         what = f"boxes of all contours at 1,000 thresholds, 224x224 map of {cells}x{cells} cells"
-        fast = seconds(lambda scaled=scaled: contour_boxes(scaled, taus))
-        outer = seconds(lambda gray=gray: sweep_components(gray, 255, 8))
-        rows.append(row(what, 1e3 * fast, 1e3 * seconds(traced, 2), "findContours at each", cv2.__version__))
-        what = f"the same without inner contours and without choosing the largest, {cells}x{cells} cells"
-        rows.append(row(what, 1e3 * outer, rows[-1]["theirs"], "findContours at each", cv2.__version__))
+        each = [time / count for time in times]
+        rows.append(row(what, *each, "findContours at each", cv2.__version__, "ms"))
     return rows
 
 
@@ -112,10 +94,10 @@ def context_rows() -> list[dict[str, Any]]:
         torch.testing.assert_close(ours(), dense(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(one_map(), all_maps(), rtol=1e-3, atol=1e-2)
         return [
-            row("context branch, 1,000 classes, 1,024 channels", 1e3 * seconds(ours), 1e3 * seconds(dense),
-                "dense 1x1 convolution", torch.__version__),
-            row("combinational map, 1,000 classes", 1e3 * seconds(one_map), 1e3 * seconds(all_maps),
-                "combining all class maps", torch.__version__),
+            row("context branch, 1,000 classes, 1,024 channels", *fastest(ours, dense),
+                "dense 1x1 convolution", TORCH, "ms"),
+            row("combinational map, 1,000 classes", *fastest(one_map, all_maps),
+                "combining all class maps", TORCH, "ms"),
         ]  # fmt: skip
 
 
@@ -142,17 +124,13 @@ def step_rows(width: int, size: int) -> list[dict[str, Any]]:
     teacher = CICAM("vgg16", classes, image_size=size, width=width)
     teachers = Teachers(teacher, teacher, model)
     flags = torch.tensor([0, 1, 2, 0])
-    both = [
-        seconds(lambda: teachers(images, flags), 2),
-        seconds(lambda: (teacher(images), teacher(images)), 2),
-    ]
     student = TwoTeacherLoss()(model(images), labels, flags, *teachers(images, flags))
     assert student["loss"].isfinite()
+    shares = fastest(lambda: teachers(images, flags), lambda: (teacher(images), teacher(images)), rounds=2)
     return [
         row(f"context branch and pool in a step of VGG16/{64 // width} at {size}, 1,000 classes",
-            1e3 * seconds(context), 1e3 * seconds(step, 3), "the whole step", torch.__version__),
-        row("teachers' forwards a batch", 1e3 * both[0], 1e3 * both[1], "both on every image",
-            torch.__version__),
+            *fastest(context, step, rounds=3), "the whole step", TORCH, "ms"),
+        row("teachers' forwards a batch", *shares, "both on every image", TORCH, "ms"),
     ]  # fmt: skip
 
 
@@ -166,12 +144,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     rows = box_rows() + context_rows() + (step_rows(64, 224) if asked.vgg else step_rows(16, 224))
-    for one in rows:
-        print(f"{one['what']}: {one['ours']:.3g} {one['unit']}, {one['peer']} {one['theirs']:.3g}: "
-              f"{one['ratio']:.1f}x")  # fmt: skip
-    asked.out.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {platform.system()}, torch {version('torch')}, one thread"
-    write_json(asked.out / "bench.json", {"package": "kdcicam", "machine": machine, "rows": rows})
+    finish("kdcicam", rows, asked.out, torch=TORCH, threads=1)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import cv2
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from kdcicam.box_sweep import sweep_components
+from kdcicam.box_sweep import compiled, sweep_components
 from kdcicam.boxes import boxes_from_map, contour_boxes, official_boxes
 from shared_core import InputError
 
@@ -64,10 +65,10 @@ def test_the_sweep_finds_scipys_components_at_every_cut(seed, height, width, cut
 
 
 def test_the_sweep_finds_them_in_maps_of_many_hills():
-    levels = np.random.default_rng(0).integers(0, 3, (130, 120)).astype(np.uint8)
-    sweep = sweep_components(levels, 2, 4)
-    assert len(sweep.at(1)) > 1024  # past the size up to which a table holds the passes
-    for cut in range(2):
+    levels = np.random.default_rng(0).integers(0, 6, (130, 120)).astype(np.uint8)
+    sweep = sweep_components(levels, 5, 4)
+    assert len(sweep.cut) > 4096  # more than the rows that the sweep begins with
+    for cut in range(5):
         assert sorted(map(tuple, sweep.at(cut).tolist())) == sorted(scipy_boxes(levels > cut, 4))
 
 
@@ -76,7 +77,7 @@ def test_net_areas_are_opencvs_where_nothing_has_a_hole(seed):
     levels = (np.random.default_rng(seed).random((9, 9)) < 0.5).astype(np.uint8)
     levels = ndimage.binary_fill_holes(levels).astype(np.uint8)  # 4-connected ground, as OpenCV's holes
     contours = cv2.findContours(levels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[0]
-    sweep = sweep_components(levels, 1, 8, areas=True)
+    sweep = sweep_components(levels, 1, 8)
     assert sorted(sweep.net_area.tolist()) == sorted(map(cv2.contourArea, contours))
 
 
@@ -100,6 +101,45 @@ def test_contour_boxes_of_all_thresholds_are_opencvs(seed):
         assert sorted(map(tuple, swept.at(number).tolist())) == every
         assert tuple(swept.largest.boxes[number].tolist()) == largest
         assert boxes_from_map(values, threshold, "contour").box == largest
+
+
+def test_contours_of_islands_in_holes_and_of_the_largest_around_them():
+    values = np.zeros((33, 40))
+    for ring, height in enumerate((1.0, 0.2, 0.8, 0.1, 0.9)):  # lakes on islands in lakes
+        values[3 + 3 * ring : 30 - 3 * ring, 3 + 3 * ring : 37 - 3 * ring] = height
+    values[8:12, 20:24] = 0.5
+    thresholds = np.arange(0, 1, 0.05)
+    swept = contour_boxes(values, thresholds)
+    counts = set()
+    for number, threshold in enumerate(thresholds):
+        every, largest = literal_contours(values, threshold)
+        assert sorted(map(tuple, swept.at(number).tolist())) == every
+        assert tuple(swept.largest.boxes[number].tolist()) == largest
+        counts.add(len(every))
+    assert max(counts) >= 5
+
+
+def test_rough_maps_have_opencvs_contours():
+    values = np.random.default_rng(1).random((60, 70))
+    thresholds = np.array([0.2, 0.4, 0.6, 0.9])
+    swept = contour_boxes(values, thresholds)
+    for number, threshold in enumerate(thresholds):
+        every, largest = literal_contours(values, threshold)
+        assert len(every) > 50
+        assert sorted(map(tuple, swept.at(number).tolist())) == every
+        assert tuple(swept.largest.boxes[number].tolist()) == largest
+
+
+def test_a_sweep_that_can_be_kept_in_no_folder_is_compiled_all_the_same(monkeypatch):
+    njit = numba.njit
+
+    def nowhere(*, nogil, cache=False):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(nogil=nogil)
+
+    monkeypatch.setattr(numba, "njit", nowhere)
+    assert compiled(lambda number: number + 1)(1) == 2
 
 
 def two_blobs() -> np.ndarray:

@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 import typer.main
 
-import kdcicam
 from kdcicam import cli
+from shared_core import testing
 
-README = Path(__file__).parents[1] / "README.md"
-TEXT = README.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-DOCUMENTED = ["boxes", "images", "losses", "model", "settings"]
+TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+DOCUMENTED = ["annotations", "boxes", "images", "losses", "model", "settings"]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["model", "student", "boxes"])
+@pytest.mark.parametrize("block", testing.fenced_blocks(TEXT, "python"), ids=["model", "student", "boxes"])
 def test_example(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+    testing.run_block(block)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_docstring_examples(name: str) -> None:
-    results = doctest.testmod(importlib.import_module(f"kdcicam.{name}"))
-    assert results.attempted > 0
-    assert results.failed == 0
+    testing.check_docstring_examples(f"kdcicam.{name}")
 
 
-def test_options_of_the_commands_exist() -> None:
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    lines = re.findall(r"\$ (kdcicam .*)", TEXT)
-    assert {line.split()[1] for line in lines} == set(commands)
-    for line in lines:
-        known = {option for parameter in commands[line.split()[1]].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", line)) <= known
+def test_every_command_is_shown_with_options_that_exist() -> None:
+    named = testing.check_command_lines(cli.app, re.findall(r"\$ (kdcicam .*)", TEXT))
+    assert named == set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 
 def test_every_public_name_is_there() -> None:
-    for name in kdcicam.__all__:
-        assert getattr(kdcicam, name) is not None
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        kdcicam.nothing  # noqa: B018
+    testing.check_public_names("kdcicam")

