@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
-from shared_core import InputError
+from shared_core import InputError, command
 
 APP = """
 import sys, time
@@ -204,3 +205,37 @@ def test_a_device_is_one_that_works_here():
     for name in ("cuda:99", "abacus"):
         with pytest.raises(InputError, match=rf"device: no such device here .*{name}"):
             usable_device(name)
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad", "words"),
+    [
+        (
+            command.one_of("a", "b"),
+            ["a", None, ["a", "b"]],
+            ["c", ["a", "c"]],
+            "expected one of a, b, got 'c'",
+        ),
+        (command.above_zero, [1e-9, None, [1.0, 2.0]], [0.0, [1.0, 0.0]], "expected a number above 0, got 0"),
+        (command.above_zero, [3], [float("inf")], "got inf"),
+        (command.with_commas, ["0.5,1,-2", None], ["1,x", "1;2", "nan"], "expected numbers with commas"),
+    ],
+)
+def test_options_take_what_they_say(check, good, bad, words):
+    for value in good:
+        assert check(value) is value
+    for value in bad:
+        with pytest.raises(typer.BadParameter, match=words):
+            check(value)
+
+
+def test_the_first_process_alone_shows_progress(capsys, monkeypatch):
+    for rank, shown in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert command.main_process() is shown
+        with command.progress_bar("reading", 4) as bar:
+            bar(1)
+            bar(4, 0.25)
+        out, err = capsys.readouterr()
+        assert not out
+        assert ("reading" in err and "4/4" in err and "loss 0.250" in err) is shown

@@ -1,5 +1,6 @@
 """How every command ends: one line and exit code 2 for bad input, a traceback and 70 for a fault of ours."""
 
+import math
 import os
 import sys
 import traceback
@@ -144,6 +145,60 @@ def file_to_write(*suffixes: str) -> Callable[[Path | None], Path | None]:
         return value
 
     return check
+
+
+def one_of(*known: str) -> Callable[[Any], Any]:
+    """Return a callback for an option that takes one of these words, or several of them."""
+
+    def check(value: Any) -> Any:
+        for word in value if isinstance(value, list) else [value]:
+            if word is not None and word not in known:
+                raise typer.BadParameter(f"expected one of {', '.join(known)}, got {word!r}")
+        return value
+
+    return check
+
+
+def above_zero(value: Any) -> Any:
+    """Be the callback of an option that takes a finite number above 0, or several."""
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not 0 < number < math.inf:
+            raise typer.BadParameter(f"expected a number above 0, got {number}")
+    return value
+
+
+def with_commas(value: str | None) -> str | None:
+    """Be the callback of an option that takes finite numbers with commas between."""
+    try:
+        if not all(math.isfinite(float(part)) for part in (value or "0").split(",")):
+            raise ValueError(value)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected numbers with commas between, as 0.5,0.5,0.5; got {value!r}"
+        ) from error
+    return value
+
+
+def main_process() -> bool:
+    """Whether this is the first process of a launch (torchrun, accelerate): the one that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr, in the first process; call it with what is done, and with a loss."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    note = TextColumn("{task.fields[note]}")
+    with Progress(*columns, note, console=Console(stderr=True), disable=not main_process()) as bar:
+        task = bar.add_task(what, total=total, note="")
+
+        def update(done: int, loss: float = math.nan) -> None:
+            bar.update(task, completed=done, note="" if math.isnan(loss) else f"loss {loss:.3f}")
+
+        yield update
 
 
 @contextmanager

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json as json_module
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from asymaffinity.settings import AFFINITIES, Settings, parsed
 from shared_core import InputError, command, files
-from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, folder_to_write
+from shared_core.command import (
+    Device,
+    ProofFolder,
+    Quick,
+    Seeds,
+    file_to_write,
+    folder_to_write,
+    main_process,
+    one_of,
+    progress_bar,
+)
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -28,15 +35,6 @@ app = typer.Typer(
 def main() -> None:
     """Run the command, with the exit codes 0, 1 (prove: a claim does not hold) and 2 (bad input)."""
     command.run(app)
-
-
-def _one_of(*known: str) -> Any:
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in known:
-            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value!r}")
-        return value
-
-    return check
 
 
 Data = Annotated[Path, typer.Option(help="A COCO JSON file with boxes, or the folder of Cityscapes.")]
@@ -66,7 +64,7 @@ def train(
     depth: DepthFolder = None,
     depth_kind: DepthKind = None,
     head: Annotated[
-        str | None, typer.Option(help="condinst or maskrcnn.", callback=_one_of("condinst", "maskrcnn"))
+        str | None, typer.Option(help="condinst or maskrcnn.", callback=one_of("condinst", "maskrcnn"))
     ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="resnet50, another ResNet, small, or module:callable.")
@@ -75,18 +73,18 @@ def train(
         Path | None, typer.Option(help="The backbone's weights, .safetensors or .pth.", dir_okay=False)
     ] = None,
     affinity: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(AFFINITIES)}.", callback=_one_of(*AFFINITIES))
+        str | None, typer.Option(help=f"One of {', '.join(AFFINITIES)}.", callback=one_of(*AFFINITIES))
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option(help="asymmetric, or symmetric (BoxInst).", callback=_one_of("asymmetric", "symmetric")),
+        typer.Option(help="asymmetric, or symmetric (BoxInst).", callback=one_of("asymmetric", "symmetric")),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")] = None,
     mixed_precision: Annotated[
-        str | None, typer.Option(help="no, fp16 or bf16.", callback=_one_of("no", "fp16", "bf16"))
+        str | None, typer.Option(help="no, fp16 or bf16.", callback=one_of("no", "fp16", "bf16"))
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting; may be repeated.")
@@ -121,7 +119,7 @@ def train(
         if (words := first_depth(boxes)) is not None:
             print(f"depth: {words}")
         model = training.build_model(asked, len(boxes.classes))
-        with _bar("training", asked.steps) as step:
+        with progress_bar("training", asked.steps) as step:
             trained = training.train(
                 model,
                 boxes,
@@ -131,7 +129,7 @@ def train(
                 device=command.usable_device(device),
                 progress=step,
             )
-    if _main_process():
+    if main_process():
         last = trained.history[-1] if trained.history else {}
         shown = {name: f"{value:.4f}" for name, value in last.items() if isinstance(value, float)}
         _table(f"{asked.head}, {asked.affinity}, {asked.form}", {**shown, "model": str(out)})
@@ -176,7 +174,7 @@ def evaluate(
                 file=data,
                 value=", ".join(boxes.classes),
             )
-        with _bar("images", len(boxes)) as step:
+        with progress_bar("images", len(boxes)) as step:
             scores, made = predicted.evaluate(
                 loaded, boxes, truth, device=command.usable_device(device), progress=step
             )
@@ -213,7 +211,7 @@ def predict(
     loaded.model.to(place)
     out.mkdir(parents=True, exist_ok=True)
     made, names = [], {}
-    with _bar("images", len(chosen)) as step:
+    with progress_bar("images", len(chosen)) as step:
         for n, file in enumerate(chosen):
             image = read_image(file)
             found = predicted.detect(loaded.model, [image], place)[0]
@@ -355,28 +353,6 @@ def prove(
         from asymaffinity.proof import prove as run
 
         raise typer.Exit(run(out, seeds=seeds, quick=quick))
-
-
-def _main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, of the first process; call it with what is done, and the loss."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=not _main_process()
-    ) as bar:
-        task = bar.add_task(what, total=total, note="")
-
-        def update(done: int, loss: float | None = None) -> None:
-            bar.update(task, completed=done, note="" if loss is None else f"loss {loss:.3f}")
-
-        yield update
 
 
 def _table(title: str, entries: dict[str, str]) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from csq.cli_options import Data, JsonFile, RunOrFile, one_of, percent
+from csq.cli_options import Data, JsonFile, RunOrFile, percent
 from shared_core import InputError, command, files
-from shared_core.command import Device, file_to_write
+from shared_core.command import Device, file_to_write, one_of
 
 if TYPE_CHECKING:
     import csq.runs

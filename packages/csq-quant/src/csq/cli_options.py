@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -10,21 +9,10 @@ from typing import Annotated, Any, get_args
 import typer
 
 from csq.settings import MethodName, Settings
-from shared_core.command import file_to_write
+from shared_core.command import file_to_write, one_of
 
 METHODS = get_args(MethodName)
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
-
-
-def one_of(*known: str) -> Any:
-    """Check that an option is one of these words."""
-
-    def check(value: str) -> str:
-        if value not in known:
-            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value!r}")
-        return value
-
-    return check
 
 
 def model_name(value: str | None) -> str | None:
@@ -37,22 +25,10 @@ def model_name(value: str | None) -> str | None:
     return value
 
 
-def numbers(value: str | None) -> str | None:
-    """Check for finite numbers with commas between."""
-    try:
-        if not all(math.isfinite(float(part)) for part in (value or "0").split(",")):
-            raise ValueError(value)
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"expected numbers with commas between, as 0.5,0.5,0.5; got {value!r}"
-        ) from error
-    return value
-
-
 def setting(name: str, help_: str, known: tuple[str, ...] = (), **more: Any) -> Any:
     """An option whose default is that of `Settings`: None says that it was not given."""
     if known:
-        more["callback"] = lambda value: value if value is None else one_of(*known)(value)
+        more["callback"] = one_of(*known)
     return typer.Option(help=help_, show_default=str(DEFAULTS[name]), **more)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from csq.cli_options import DEFAULTS, METHODS, Data, model_name, numbers, percent, setting
+from csq.cli_options import DEFAULTS, METHODS, Data, model_name, percent, setting
 from csq.settings import Settings
 from shared_core import InputError, command, files
-from shared_core.command import Device, folder_to_write
+from shared_core.command import Device, folder_to_write, progress_bar, with_commas
 
 if TYPE_CHECKING:
     import csq.data
@@ -89,9 +87,9 @@ def train(
         int | None, typer.Option(min=4, help="Side that images are resized to; class folders need it.")
     ] = None,
     mean: Annotated[
-        str | None, typer.Option(help="Mean of each channel, 0.5,0.5,0.5.", callback=numbers)
+        str | None, typer.Option(help="Mean of each channel, 0.5,0.5,0.5.", callback=with_commas)
     ] = None,
-    std: Annotated[str | None, typer.Option(help="Deviation of each channel.", callback=numbers)] = None,
+    std: Annotated[str | None, typer.Option(help="Deviation of each channel.", callback=with_commas)] = None,
     validation: Annotated[
         float | None, setting("validation", "Share cut out of the training images.")
     ] = None,
@@ -153,13 +151,8 @@ def _same_settings(asked: dict[str, Any], run: csq.runs.TrainingRun) -> dict[str
 
 
 def _with_progress(run: csq.runs.TrainingRun, images: csq.data.ImageData, device: str) -> Any:
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as bar:
-        task = bar.add_task("training", total=run.steps, loss=math.nan)
-        return run.train(images, device, lambda step, loss: bar.update(task, completed=step, loss=loss))
+    with progress_bar("training", run.steps) as bar:
+        return run.train(images, device, bar)
 
 
 def _finish(run: csq.runs.TrainingRun, history: list[dict[str, Any]]) -> None:

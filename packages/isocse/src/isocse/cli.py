@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from shared_core import InputError, command, files
-from shared_core.command import Device, ProofFolder, Quick, folder_to_write
+from shared_core.command import Device, ProofFolder, Quick, above_zero, folder_to_write, one_of
 
 if TYPE_CHECKING:
     from isocse.report import GeometryReport
@@ -38,31 +38,12 @@ def main() -> None:
     command.run(app)
 
 
-def _one_of(*allowed: str) -> Any:
-    def check(value: Any) -> Any:
-        for item in value if isinstance(value, list) else [value]:
-            if item is not None and item not in allowed:
-                raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {item!r}")
-        return value
-
-    return check
-
-
-def _above_zero(value: Any) -> Any:
-    for number in value if isinstance(value, list) else [value]:
-        if not 0 < number < float("inf"):
-            raise typer.BadParameter(f"expected a number above 0, got {number:g}")
-    return value
-
-
 Model = Annotated[str, typer.Argument(help="Model folder, or a name that transformers knows.")]
 Data = Annotated[Path, typer.Option(help="Text file, one sentence a line.", exists=True, dir_okay=False)]
 Out = Annotated[Path, typer.Option(help="Folder for the results.", callback=folder_to_write)]
 PoolingOption = Annotated[
     str | None,
-    typer.Option(
-        help="cls, mean, max, last; the model's own if not given.", callback=_one_of(*POOLING_NAMES)
-    ),
+    typer.Option(help="cls, mean, max, last; the model's own if not given.", callback=one_of(*POOLING_NAMES)),
 ]
 Classes = Annotated[
     str,
@@ -70,17 +51,17 @@ Classes = Annotated[
         help="Which types are functional: stopwords, frequency, or pos:PIPELINE for a spaCy pipeline."
     ),
 ]
-Unit = Annotated[str, typer.Option(help="token or word.", callback=_one_of("token", "word"))]
+Unit = Annotated[str, typer.Option(help="token or word.", callback=one_of("token", "word"))]
 Baseline = Annotated[
     str,
     typer.Option(
         help="What adjusted values are less of: expected, sampled or tokens.",
-        callback=_one_of("expected", "sampled", "tokens"),
+        callback=one_of("expected", "sampled", "tokens"),
     ),
 ]
 Compat = Annotated[
     str | None,
-    typer.Option(help="official: measure as the paper's published code.", callback=_one_of("official")),
+    typer.Option(help="official: measure as the paper's published code.", callback=one_of("official")),
 ]
 MinCount = Annotated[int, typer.Option(min=2, help="Fewest occurrences of an analysed type.")]
 Sample = Annotated[int, typer.Option(min=4, help="Sentences of the samples.")]
@@ -238,7 +219,7 @@ Judged = Annotated[
     ),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Updates; one epoch if not given.")]
-Rate = Annotated[float, typer.Option("--lr", help="Learning rate.", callback=_above_zero)]
+Rate = Annotated[float, typer.Option("--lr", help="Learning rate.", callback=above_zero)]
 TrainLength = Annotated[int, typer.Option(min=3, help="Tokens of a training text.")]
 Freeze = Annotated[bool, typer.Option("--freeze-embeddings", help="Keep the embedding layer as it is.")]
 Cut = Annotated[int | None, typer.Option(min=1, help="Train only so many of the lowest layers.")]
@@ -252,12 +233,12 @@ def train(
     data: Data,
     out: Out,
     objective: Annotated[
-        str, typer.Option(help="contrastive, or mlm as a control.", callback=_one_of("contrastive", "mlm"))
+        str, typer.Option(help="contrastive, or mlm as a control.", callback=one_of("contrastive", "mlm"))
     ] = "contrastive",
-    temperature: Annotated[float, typer.Option(help="Of the objective.", callback=_above_zero)] = 0.05,
+    temperature: Annotated[float, typer.Option(help="Of the objective.", callback=above_zero)] = 0.05,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs of a step.")] = 64,
     pooling: Annotated[
-        str, typer.Option(help="cls, mean, max, last.", callback=_one_of(*POOLING_NAMES))
+        str, typer.Option(help="cls, mean, max, last.", callback=one_of(*POOLING_NAMES))
     ] = "mean",
     steps: Steps = None,
     lr: Rate = 2e-5,
@@ -300,13 +281,11 @@ def sweep_command(
     out: Out,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(
-            help="May be repeated; the first is the centre.", callback=lambda v: v and _above_zero(v)
-        ),
+        typer.Option(help="May be repeated; the first is the centre.", callback=above_zero),
     ] = None,
     batch_size: Annotated[list[int] | None, typer.Option(min=2, help="May be repeated.")] = None,
     pooling: Annotated[
-        list[str] | None, typer.Option(help="May be repeated.", callback=_one_of(*POOLING_NAMES))
+        list[str] | None, typer.Option(help="May be repeated.", callback=one_of(*POOLING_NAMES))
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each setting.")] = 1,
     full: Annotated[

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kdcicam.settings import PRESETS, TEACHER_ROLES, Settings, parsed, settings_from
 from shared_core import InputError, command, files
-from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, folder_to_write
-
-if TYPE_CHECKING:
-    pass
+from shared_core.command import (
+    Device,
+    ProofFolder,
+    Quick,
+    Seeds,
+    file_to_write,
+    folder_to_write,
+    main_process,
+    one_of,
+    progress_bar,
+)
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -31,15 +36,6 @@ app = typer.Typer(
 def main() -> None:
     """Run the command, with the exit codes 0, 1 (a claim does not hold) and 2 (bad input)."""
     command.run(app)
-
-
-def _one_of(*known: str) -> Any:
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in known:
-            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value!r}")
-        return value
-
-    return check
 
 
 def _threshold(value: str) -> str:
@@ -64,7 +60,7 @@ Data = Annotated[
 ImagesOption = Annotated[
     Path | None, typer.Option("--images", help="wsolevaluation: the folder of the images.", file_okay=False)
 ]
-Recipe = Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.", callback=_one_of(*PRESETS))]
+Recipe = Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.", callback=one_of(*PRESETS))]
 Backbone = Annotated[
     str | None, typer.Option(help="vgg16, vgg16-imagenet, inception_v3, a timm name, or module:callable.")
 ]
@@ -78,10 +74,10 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting; may be repeated.")
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="no, fp16 or bf16.", callback=_one_of("no", "fp16", "bf16"))
+    str | None, typer.Option(help="no, fp16 or bf16.", callback=one_of("no", "fp16", "bf16"))
 ]
 OnError = Annotated[
-    str, typer.Option(help="Unreadable images: raise, or skip and count.", callback=_one_of("raise", "skip"))
+    str, typer.Option(help="Unreadable images: raise, or skip and count.", callback=one_of("raise", "skip"))
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, where there is one.")]
 Json = Annotated[
@@ -91,7 +87,7 @@ ProtocolOption = Annotated[
     str,
     typer.Option(
         help="full: the whole image resized; center_crop: the authors', boxes clipped to the crop.",
-        callback=_one_of("full", "center_crop"),
+        callback=one_of("full", "center_crop"),
     ),
 ]
 Resize = Annotated[int | None, typer.Option(min=8, help="Side before the centre crop.")]
@@ -114,7 +110,7 @@ def train_teacher(
         str | None,
         typer.Option(
             help="cls or loc: the teachers, each with its auxiliary loss; ci-cam, nl-ccam, cam: baselines.",
-            callback=_one_of(*TEACHER_ROLES),
+            callback=one_of(*TEACHER_ROLES),
         ),
     ] = None,
     recipe: Recipe = None,
@@ -208,9 +204,9 @@ def _train(
             if (out / CHECKPOINT).exists():
                 raise InputError("holds a run already; --resume goes on with it", file=out)
             run, images = runs.TrainingRun.begin(out, asked)
-        with _bar("training", run.steps(images)) as step:
+        with progress_bar("training", run.steps(images)) as step:
             trained = run.train(images, command.usable_device(device), step)
-    if _main_process():
+    if main_process():
         last = trained.history[-1] if trained.history else {}
         _table(
             f"{asked.role}, {asked.backbone}",
@@ -225,28 +221,6 @@ def _train(
                 "model": str(out),
             },
         )
-
-
-def _main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar on stderr, of the first process; call it with what is done and the loss."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=not _main_process()
-    ) as bar:
-        task = bar.add_task(what, total=total, note="")
-
-        def update(done: int, loss: float = math.nan) -> None:
-            bar.update(task, completed=done, note="" if math.isnan(loss) else f"loss {loss:.3f}")
-
-        yield update
 
 
 @app.command("eval")
@@ -335,7 +309,7 @@ def _evaluated(
                 share = notes.get("validation", 0.1) if validation is None else validation
                 held = load_images(data, "val", images=images, validation=share)
             total = len(test) + (0 if held is None else len(held))
-            with _bar(f"evaluating {path.name}", total) as bar:
+            with progress_bar(f"evaluating {path.name}", total) as bar:
                 done = _Counter(bar)
                 found = run(
                     loaded,
@@ -409,7 +383,7 @@ def localize(
     thr: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the map's maximum.")] = 0.14,
     topk: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
     mode: Annotated[
-        str, typer.Option(help="official or contour.", callback=_one_of("official", "contour"))
+        str, typer.Option(help="official or contour.", callback=one_of("official", "contour"))
     ] = "official",
     overlays: Annotated[bool, typer.Option(help="Whether to draw.")] = True,
     pool: Annotated[Path | None, typer.Option(help="Context pool, where the weights lack it.")] = None,
@@ -425,7 +399,7 @@ def localize(
         out.mkdir(parents=True, exist_ok=True)
         rows, skipped = [], 0
         place = command.usable_device(device)
-        with _bar("localizing", len(images)) as bar:
+        with progress_bar("localizing", len(images)) as bar:
             for row in localized(
                 loaded, model, images, out if overlays else None, thr, topk, mode, place, on_error == "skip"
             ):

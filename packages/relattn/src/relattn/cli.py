@@ -33,12 +33,19 @@ from relattn.cli_options import (
     Split,
     Temperature,
     WeightOption,
-    above_zero,
-    one_of,
     share,
 )
 from shared_core import InputError, command, files
-from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, folder_to_write
+from shared_core.command import (
+    Device,
+    ProofFolder,
+    Quick,
+    Seeds,
+    above_zero,
+    file_to_write,
+    folder_to_write,
+    one_of,
+)
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -155,7 +162,7 @@ def evaluate(
     articles: Articles = None,
     newts_control: NewtsControl = "words",
     method: Annotated[
-        str, typer.Option(help=", ".join(METHOD_NAMES), callback=one_of(METHOD_NAMES))
+        str, typer.Option(help=", ".join(METHOD_NAMES), callback=one_of(*METHOD_NAMES))
     ] = "relattn",
     weight: WeightOption = None,
     temperature: Temperature = "1",
@@ -283,12 +290,12 @@ def fewshot(
     validation: Annotated[int, typer.Option(min=1, help="Other documents, to choose the best step.")] = 10,
     trainable: Annotated[
         str,
-        typer.Option(help="all, cross_attention or new", callback=one_of(("all", "cross_attention", "new"))),
+        typer.Option(help="all, cross_attention or new", callback=one_of("all", "cross_attention", "new")),
     ] = "all",
     weight_variant: Annotated[
         str,
         typer.Option(
-            help="per_layer, per_head or linear", callback=one_of(("per_layer", "per_head", "linear"))
+            help="per_layer, per_head or linear", callback=one_of("per_layer", "per_head", "linear")
         ),
     ] = "linear",
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 100,

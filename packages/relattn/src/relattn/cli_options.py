@@ -1,9 +1,11 @@
 """The options of the command `relattn`: their types, help, and what is refused at once."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from shared_core.command import one_of
 
 # No torch here: help and wrong arguments answer at once.
 
@@ -38,29 +40,11 @@ def sharpness(value: str) -> str:
     return value
 
 
-def above_zero(value: float | None) -> float | None:
-    """Refuse all but a number above 0."""
-    if value is not None and not 0 < value < float("inf"):
-        raise typer.BadParameter(f"expected a number above 0, got {value}")
-    return value
-
-
 def share(value: float | None) -> float | None:
     """Refuse all but a number above 0, at most 1."""
     if value is not None and not 0 < value <= 1:
         raise typer.BadParameter(f"expected a number above 0, at most 1, got {value}")
     return value
-
-
-def one_of(allowed: tuple[str, ...]) -> Any:
-    """A callback that refuses all other texts."""
-
-    def check(value: str) -> str:
-        if value not in allowed:
-            raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}")
-        return value
-
-    return check
 
 
 Model = Annotated[str, typer.Option(help="Model directory, or a name that transformers knows.")]
@@ -90,7 +74,7 @@ Document = Annotated[
     Path | None, typer.Argument(help="Text file; standard input if not given.", exists=True, dir_okay=False)
 ]
 Data = Annotated[Path | None, typer.Option(help="File, or folder for ctrlsum; none for aclsum.", exists=True)]
-Format = Annotated[str, typer.Option(help=", ".join(FORMATS), callback=one_of(FORMATS))]
+Format = Annotated[str, typer.Option(help=", ".join(FORMATS), callback=one_of(*FORMATS))]
 Split = Annotated[str, typer.Option(help="Of aclsum and ctrlsum: train, val or test.")]
 Articles = Annotated[
     Path | None, typer.Option(help="entsum: folder with the articles' texts.", exists=True, file_okay=False)
@@ -107,4 +91,4 @@ Coarse = Annotated[
         " all.",
     ),
 ]
-NewtsControl = Annotated[str, typer.Option(help=", ".join(NEWTS_CONTROLS), callback=one_of(NEWTS_CONTROLS))]
+NewtsControl = Annotated[str, typer.Option(help=", ".join(NEWTS_CONTROLS), callback=one_of(*NEWTS_CONTROLS))]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared_core import InputError, command, files
-from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write
+from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, with_commas
 
 if TYPE_CHECKING:
     import repqvit.quantized
@@ -66,17 +66,6 @@ def _recipe(value: str) -> str:
     return value
 
 
-def _numbers(value: str | None) -> str | None:
-    try:
-        if not all(math.isfinite(float(part)) for part in (value or "0").split(",")):
-            raise ValueError(value)
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"expected numbers with commas between, as 0.5,0.5,0.5; got {value!r}"
-        ) from error
-    return value
-
-
 ModelName = Annotated[
     str,
     typer.Option(
@@ -99,10 +88,12 @@ ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Input height and width, where not the model's own.")
 ]
 Mean = Annotated[
-    str | None, typer.Option(help="Mean of each channel, 0.5,0.5,0.5; else the model's.", callback=_numbers)
+    str | None,
+    typer.Option(help="Mean of each channel, 0.5,0.5,0.5; else the model's.", callback=with_commas),
 ]
 Std = Annotated[
-    str | None, typer.Option(help="Standard deviation of each channel; else the model's.", callback=_numbers)
+    str | None,
+    typer.Option(help="Standard deviation of each channel; else the model's.", callback=with_commas),
 ]
 Weights = Annotated[
     Path, typer.Option(help="Quantized weights, from `quantize`.", exists=True, dir_okay=False)
@@ -129,7 +120,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Ends of activation ranges to try; 0.999,0.9999,0.99999 if not given, 1 keeps outliers.",
-            callback=_numbers,
+            callback=with_commas,
         ),
     ] = None,
     batch_size: BatchSize = 32,
