@@ -14,7 +14,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,10 +24,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from asymaffinity import BOXINST, BoxSupLoss, ColorAffinity, CondInst, DepthGradAffinity, EdgeBits, Rule
@@ -37,9 +33,10 @@ from asymaffinity.edges import alike
 from asymaffinity.functional import affinity_loss
 from asymaffinity.grid import box_cells, to_grid
 from asymaffinity.models import SmallPyramid
-from shared_core.files import write_json
+from shared_core.bench import finish, in_turns, row
 from shared_core.proof.environment import own_peak_bytes, reset_own_peak
 
+TORCH = version("torch")
 PEER = "stacked unfold, float weights for each instance, autograd"
 SIZES = {"100 x 200 x 320": (100, 200, 320), "64 x 200 x 304": (64, 200, 304)}
 BOXES = ("boxes of 2 to 5 %", "boxes of the whole image")
@@ -80,18 +77,9 @@ def stepper(size: str, boxes: str, form: str, lean: bool) -> Callable[[], Tensor
     return step
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def least(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            times[name].append(seconds(work))
-    return {name: min(each) for name, each in times.items()}
+def least(*works: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of each work at its fastest, taking turns."""
+    return in_turns(works, rounds, clock=time.perf_counter).min(axis=0).tolist()
 
 
 def peak(*case: str) -> float:
@@ -113,13 +101,6 @@ def print_peak(size: str, boxes: str, form: str, lean: str) -> None:
     print(own_peak_bytes() - before)
 
 
-def row(what: str, ours: float, theirs: float, unit: str, peer: str = PEER) -> dict[str, Any]:
-    return {
-        "what": what, "ours": ours, "theirs": theirs, "peer": peer, "peer_version": version("torch"),
-        "ratio": theirs / max(ours, 1e-12), "unit": unit,
-    }  # fmt: skip
-
-
 def share_of_a_step() -> dict[str, Any]:
     """The losses' part of a training step of CondInst on a small pyramid, 2 images of 512 x 640."""
     torch.manual_seed(0)
@@ -129,13 +110,13 @@ def share_of_a_step() -> dict[str, Any]:
     ramp = torch.linspace(0, 3, 512)[:, None].expand(512, 640).contiguous()
     boxes = torch.tensor([[40.0 + 60 * i, 60, 140 + 60 * i, 300] for i in range(8)])
     targets = [{"boxes": boxes, "labels": torch.ones(8, dtype=torch.long), "depth": ramp}] * 2
-    spent = {"loss": 0.0}
+    spent: list[float] = []
     inner = criterion.forward
 
-    def timed(*arguments: Any) -> Any:
+    def timed(*arguments: Any, **named: Any) -> Any:
         start = time.perf_counter()
-        found = inner(*arguments)
-        spent["loss"] = time.perf_counter() - start
+        found = inner(*arguments, **named)
+        spent.append(time.perf_counter() - start)
         return found
 
     criterion.forward = timed  # type: ignore[method-assign]
@@ -144,10 +125,10 @@ def share_of_a_step() -> dict[str, Any]:
         model.zero_grad()
         torch.stack(list(model(images, targets).values())).sum().backward()
 
-    step()
-    best = min((seconds(step), spent["loss"]) for _ in range(3))
-    return row("losses' share of a CondInst step, 2 images of 512 x 640, 16 boxes", best[1], best[0], "s",
-               "the whole step, forward and backward")  # fmt: skip
+    times = in_turns([step], 3, warm_up=1, clock=time.perf_counter)[:, 0].tolist()
+    whole, losses = min(zip(times, spent[1:], strict=True))
+    return row("losses' share of a CondInst step, 2 images of 512 x 640, 16 boxes", losses, whole,
+               "the whole step, forward and backward", TORCH, "s")  # fmt: skip
 
 
 def edge_rows() -> list[dict[str, Any]]:
@@ -163,16 +144,21 @@ def edge_rows() -> list[dict[str, Any]]:
         mean = to_grid(slopes * known[:, None], 4) / share.clamp(min=1e-6)[:, None]
         alike(mean, 1.0, 0.5, share >= 0.5, both=True)
 
-    works = {"colour": lambda: colour(image), "depth": lambda: gradient(depth)}
-    works |= {"depth, pixels": lambda: at_every_pixel(depth), "holes": lambda: gradient(holes)}
-    times = least(works | {"holes, pixels": lambda: at_every_pixel(holes)}, 5)
+    colours, depths, depths_slow, holed, holed_slow = least(
+        lambda: colour(image),
+        lambda: gradient(depth),
+        lambda: at_every_pixel(depth),
+        lambda: gradient(holes),
+        lambda: at_every_pixel(holes),
+        rounds=5,
+    )
     whole = "edges of an image of 1024 x 2048"
     made = "the gradient made at every pixel"
     return [
-        row(f"colour {whole}", times["colour"], 0.005, "s", "target: 5 ms"),
-        row(f"depth {whole}", times["depth"], 0.005, "s", "target: 5 ms"),
-        row(f"depth {whole}", times["depth"], times["depth, pixels"], "s", made),
-        row(f"depth {whole}, with holes", times["holes"], times["holes, pixels"], "s", made),
+        row(f"colour {whole}", colours, 0.005, "target: 5 ms", "", "s"),
+        row(f"depth {whole}", depths, 0.005, "target: 5 ms", "", "s"),
+        row(f"depth {whole}", depths, depths_slow, made, TORCH, "s"),
+        row(f"depth {whole}, with holes", holed, holed_slow, made, TORCH, "s"),
     ]
 
 
@@ -183,16 +169,16 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             for form in FORMS:
                 if boxes == BOXES[1] and size != "64 x 200 x 304":
                     continue
-                works = {name: stepper(size, boxes, form, name == "lean") for name in ("lean", "stacked")}
-                ours, theirs = (float(works[name]()) for name in works)
+                works = [stepper(size, boxes, form, lean) for lean in (True, False)]
+                ours, theirs = (float(work()) for work in works)
                 assert abs(ours - theirs) <= 1e-5 * abs(theirs), (ours, theirs)
-                times = least(works, rounds)
+                ours, theirs = least(*works, rounds=rounds)
                 what = f"{form}, {size}, {boxes}"
-                rows.append(row(f"{what}: forward and backward", times["lean"], times["stacked"], "s"))
+                rows.append(row(f"{what}: forward and backward", ours, theirs, PEER, TORCH, "s"))
                 if sys.platform == "linux":
                     del works
-                    lean, stacked = (peak(size, boxes, form, name) for name in ("lean", "stacked"))
-                    rows.append(row(f"{what}: peak memory", lean / 2**20, stacked / 2**20, "MiB"))
+                    ours, theirs = (peak(size, boxes, form, name) / 2**20 for name in ("lean", "stacked"))
+                    rows.append(row(f"{what}: peak memory", ours, theirs, PEER, TORCH, "MiB"))
     return [*rows, share_of_a_step(), *edge_rows()]
 
 
@@ -206,20 +192,7 @@ def main() -> None:
     if options.peak_of:
         print_peak(*options.peak_of)
         return
-    rows = measure(options.rounds)
-    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": 1, "numpy": np.__version__}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "bench.json", {"package": "asymaffinity", "machine": machine, "rows": rows})
-    table = Table("what", "ours", "theirs", "ratio", "peer")
-    for each in rows:
-        table.add_row(
-            each["what"],
-            f"{each['ours']:.4g} {each['unit']}",
-            f"{each['theirs']:.4g} {each['unit']}",
-            f"{each['ratio']:.1f}",
-            each["peer"],
-        )
-    Console(width=160).print(table)
+    finish("asymaffinity", measure(options.rounds), options.out, threads=1, numpy=version("numpy"))
 
 
 if __name__ == "__main__":

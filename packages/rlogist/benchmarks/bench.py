@@ -8,7 +8,6 @@ The network of a bench needs no training: time does not depend on where the agen
 
 import argparse
 import os
-import platform
 import sys
 import time
 from importlib import metadata
@@ -29,7 +28,10 @@ from rlogist.extractors import Extractor
 from rlogist.features import SlideFeatures
 from rlogist.modules import masked
 from rlogist.sources import CachedSource
-from shared_core.files import write_json
+from shared_core.bench import finish, in_turns, row
+
+HERE = "in this package"
+"""Where the peers are."""
 
 
 class Timed:
@@ -63,42 +65,39 @@ def fitted(extractor, architecture=None):
     )
 
 
-def read_once(path, model, timed, patch, mode):
-    """Wall seconds from opening to the answer, and the part that is neither reads nor the extractor."""
-    timed.seconds = 0.0
-    start = time.perf_counter()
-    with Slide(path, patch=patch) as slide:
-        if mode == "exhaustive":
-            answer = model.predict(slide, strategy="exhaustive")
-        else:
-            answer = model.predict(slide, rho=mode)
-    wall = time.perf_counter() - start
-    return wall, wall - timed.seconds - answer.ledger.total().seconds
+def read_times(path, model, timed, patch, repeats):
+    """Of one slide: the fastest seconds of each mode, and at rho 0.1 the share beside reads and extractor."""
+    known = []
+
+    def read(**how):
+        timed.seconds = 0.0
+        with Slide(path, patch=patch) as slide:
+            answer = model.predict(slide, **how)
+        return timed.seconds + answer.ledger.total().seconds
+
+    modes = (
+        lambda: read(strategy="exhaustive"),
+        lambda: known.append(read(rho=0.1)),
+        lambda: read(rho=0.2),
+    )
+    times = in_turns(modes, repeats, clock=time.perf_counter)
+    fastest = times[:, 1].argmin()
+    return times.min(axis=0), 1 - known[fastest] / times[fastest, 1]
 
 
 def reading_rows(paths, name, extractor, patch, repeats):
-    """Modes in turns; of each slide and mode the fastest of the repeats."""
+    """Medians over slides of the fastest of the repeats; the ratio is the median of the slides' ratios."""
     timed = Timed(extractor)
     model = fitted(timed)
-    modes = ("exhaustive", 0.1, 0.2)
-    fastest = {mode: [] for mode in modes}
-    for path in paths:
-        runs = [[read_once(path, model, timed, patch, mode) for mode in modes] for _ in range(repeats)]
-        for mode, own in zip(modes, zip(*runs, strict=True), strict=True):
-            fastest[mode].append(min(own))
-    whole = np.array([wall for wall, _ in fastest["exhaustive"]])
-    for rho, target in ((0.1, " (target x5)"), (0.2, "")):
-        ours = np.array([wall for wall, _ in fastest[rho]])
-        yield row(
-            f"read a slide end to end, {name}, rho {rho}{target}",
-            float(np.median(ours)),
-            float(np.median(whole)),
-            "exhaustive reading, same extractor and batches",
-            float(np.median(whole / ours)),
-        )
-    share = float(np.median([rest / wall for wall, rest in fastest[0.1]]))
+    times, shares = zip(*(read_times(path, model, timed, patch, repeats) for path in paths), strict=True)
+    whole, *agent = np.array(times).T
+    peer = "exhaustive reading, same extractor and batches"
+    for mode, ours in zip(("rho 0.1 (target x5)", "rho 0.2"), agent, strict=True):
+        medians = float(np.median(ours)), float(np.median(whole))
+        one = row(f"read a slide end to end, {name}, {mode}", *medians, peer, HERE, "s")
+        yield one | {"ratio": float(np.median(whole / ours))}
     what = f"share beside reads and extractor, {name}, rho 0.1 (target 0.02)"
-    yield row(what, share, 0.02, "target", 0.02 / share, "share")
+    yield row(what, float(np.median(shares)), 0.02, "target", "", "share")
 
 
 def agent_rows(name, extractor, patch, regions, repeats):
@@ -109,15 +108,15 @@ def agent_rows(name, extractor, patch, regions, repeats):
         np.zeros((regions, 2), np.int64), bag.scan.numpy(), bag.deep.numpy(), np.arange(regions)
     )
     patches = np.random.default_rng(0).integers(0, 255, (16, patch, patch, 3)).astype(np.uint8)
-    looks, encoded = [], []
-    for _ in range(repeats):
+    looks = []
+
+    def look():
         found = model.predict(features, rho=0.02)
         looks.append(found.seconds / found.looks)
-        start = time.perf_counter()
-        extractor(patches)
-        encoded.append(time.perf_counter() - start)
+
+    times = in_turns((look, lambda: extractor(patches)), repeats, clock=time.perf_counter)
     what = f"policy, update and classifier for a look, {regions} regions, {extractor.dim}-d"
-    yield row(what, min(looks), min(encoded), f"{name} for the same look", min(encoded) / min(looks))
+    yield row(what, min(looks), float(times[:, 1].min()), f"{name} for the same look", HERE, "s")
 
 
 def environment_rows(steps, networks, architecture=None):
@@ -133,39 +132,32 @@ def environment_rows(steps, networks, architecture=None):
         for b in bags
     ]
     plain = SlideEnv(sources, modules, [b.label for b in bags], rho=0.2)
-    state, _ = plain.reset(seed=0)
-    start = time.perf_counter()
-    for _ in range(steps):
-        rows = torch.from_numpy(state)[None]
-        with torch.no_grad():
-            scores = policy(rows[..., :-2], rows[..., -2] > 0.5)
-        allowed = torch.from_numpy(plain.action_masks())[None]
-        state, _, done, _, _ = plain.step(int(masked(scores, allowed).argmax()))
-        if done:
-            state, _ = plain.reset()
-    slow = steps / (time.perf_counter() - start)
     env = BatchedFeatureVecEnv(make_store(bags, modules), modules, 32, rho=0.2)
+    state, _ = plain.reset(seed=0)
     seen = env.reset()
-    start = time.perf_counter()
-    for _ in range(max(1, steps // 8)):
-        with torch.no_grad():
-            action = masked(policy(seen.states, seen.observed), seen.allowed).argmax(-1)
-        seen, _, _ = env.step(action)
-    fast = 32 * max(1, steps // 8) / (time.perf_counter() - start)
+    rounds = max(1, steps // 8)
+
+    def one_by_one():
+        nonlocal state
+        for _ in range(steps):
+            rows = torch.from_numpy(state)[None]
+            with torch.no_grad():
+                scores = policy(rows[..., :-2], rows[..., -2] > 0.5)
+            allowed = torch.from_numpy(plain.action_masks())[None]
+            state, _, done, _, _ = plain.step(int(masked(scores, allowed).argmax()))
+            if done:
+                state, _ = plain.reset()
+
+    def batched():
+        nonlocal seen
+        for _ in range(rounds):
+            with torch.no_grad():
+                action = masked(policy(seen.states, seen.observed), seen.allowed).argmax(-1)
+            seen, _, _ = env.step(action)
+
+    slow, fast = in_turns((one_by_one, batched), 1, clock=time.perf_counter)[0].tolist()
     what = f"environment steps with the policy, 150 regions, {networks}"
-    yield row(what, fast, slow, "SlideEnv", fast / slow, "steps/s")
-
-
-def row(what, ours, theirs, peer, ratio, unit="s"):
-    return {
-        "what": what,
-        "ours": ours,
-        "theirs": theirs,
-        "peer": peer,
-        "peer_version": "in this package",
-        "ratio": ratio,
-        "unit": unit,
-    }
+    yield row(what, 32 * rounds / fast, steps / slow, "SlideEnv", HERE, "steps/s", more_is_better=True)
 
 
 def rows(quick):
@@ -196,25 +188,9 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    found = []
-    for entry in rows(arguments.quick):
-        print(
-            f"{entry['what']:72} {entry['ours']:10.4g} {entry['theirs']:10.4g} {entry['unit']:8} "
-            f"x{entry['ratio']:.2f}  {entry['peer']}",
-            flush=True,
-        )
-        found.append(entry)
-    machine = {
-        "platform": platform.platform(),
-        "processor": platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "torch": metadata.version("torch"),
-    }
-    write_json(arguments.out / "bench.json", {"package": "rlogist", "machine": machine, "rows": found})
-    return 0
+    found = list(rows(arguments.quick))
+    finish("rlogist", found, arguments.out, threads=1, torch=metadata.version("torch"))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
