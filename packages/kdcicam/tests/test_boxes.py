@@ -103,6 +103,22 @@ def test_contour_boxes_of_all_thresholds_are_opencvs(seed):
         assert boxes_from_map(values, threshold, "contour").box == largest
 
 
+@pytest.mark.parametrize(
+    ("levels", "cuts", "words"),
+    [
+        (np.zeros(3, np.uint8), 1, "levels: expected whole numbers, height by width"),
+        (np.zeros((0, 3), np.uint8), 1, "levels: expected whole numbers"),
+        (np.zeros((2, 2)), 1, "levels: expected whole numbers"),
+        (np.full((2, 2), 3), 2, "levels: expected 0 to 2"),
+        (np.full((2, 2), -1), 2, "levels: expected 0 to 2"),
+        (np.zeros((2, 2), int), 2**16, "cuts: expected fewer"),
+    ],
+)
+def test_a_sweep_says_what_it_cannot_take(levels, cuts, words):
+    with pytest.raises(InputError, match=words):
+        sweep_components(levels, cuts)
+
+
 def test_contours_of_islands_in_holes_and_of_the_largest_around_them():
     values = np.zeros((33, 40))
     for ring, height in enumerate((1.0, 0.2, 0.8, 0.1, 0.9)):  # lakes on islands in lakes

@@ -94,6 +94,8 @@ def _swept(levels: Array, ends: Array, cuts: int, connectivity: int) -> Componen
 def _checked(levels: Array, cuts: int) -> Array:
     if levels.ndim != 2 or levels.dtype.kind not in "ui" or levels.size == 0:
         raise InputError("expected whole numbers, height by width", field="levels", value=levels.shape)
+    if cuts >= 2**16:
+        raise InputError("expected fewer than 65,536 different cuts", field="cuts", value=cuts)
     if levels.min() < 0 or levels.max() > cuts:
         raise InputError(f"expected 0 to {cuts}", field="levels", value=int(levels.max()))
     return np.ascontiguousarray(levels, dtype=np.uint8 if cuts < 2**8 else np.uint16)
