@@ -38,7 +38,7 @@ def section(member: Member) -> str:
         [sys.executable, "-c", _NAMES, member.import_name], capture_output=True, text=True, check=True
     )
     rows = [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
-    lines = [f"- `{name}`: {text}" for name, text in rows if name != "__version__"]
+    lines = [f"- `{name}`: {text}" for name, text in rows]
     return f"{HEADING}\n\nOf `import {member.import_name}`:\n\n" + "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ A page under docs/ asks for it by a comment on a line of its own:
 - ``<!-- readme NAME except: Install | Citation -->`` all other sections of that README,
 - ``<!-- api NAME -->`` the public names of the package, rendered from its source by mkdocstrings,
 - ``<!-- file PATH -->`` a whole Markdown file of the repository,
-- ``<!-- changelogs -->`` the changelog of every package.
+- ``<!-- changelogs -->`` the changelog of every member.
 
 So figures and tested examples stand once, in the READMEs.
 """
@@ -143,12 +143,14 @@ def api(member: Member) -> str:
 
 
 def changelogs(root: Path = workspace.ROOT) -> str:
-    """The changelogs of all packages that have one, each below its package's name."""
+    """The changelogs of all members that have one, each below its distribution's name."""
     texts = []
-    for member in workspace.packages(root):
+    for member in workspace.members(root):
         file = member.folder / "CHANGELOG.md"
         if file.is_file():
             body = re.sub(r"^# .*\n+", "", file.read_text(encoding="utf-8"))
             body = re.sub(r"^#", "##", body, flags=re.M)
-            texts.append(f"## {member.distribution}\n\n{adapted(body, f'packages/{member.name}', '', root)}")
+            texts.append(
+                f"## {member.distribution}\n\n{adapted(body, str(member.folder.relative_to(root)), '', root)}"
+            )
     return "\n\n".join(texts)

@@ -1,3 +1,4 @@
+import os
 import re
 import signal
 import subprocess
@@ -239,3 +240,17 @@ def test_the_first_process_alone_shows_progress(capsys, monkeypatch):
         out, err = capsys.readouterr()
         assert not out
         assert ("reading" in err and "4/4" in err and "loss 0.250" in err) is shown
+
+
+@pytest.mark.parametrize("before", [None, "cuda:3"])
+def test_accelerate_takes_a_numbered_device_from_the_environment(before, monkeypatch):
+    name = "ACCELERATE_TORCH_DEVICE"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    with command.accelerate_device("cuda:1"):
+        assert os.environ[name] == "cuda:1"
+    assert os.environ.get(name) == before
+    with command.accelerate_device("cuda"):
+        assert os.environ.get(name) == before
+    assert os.environ.get(name) == before

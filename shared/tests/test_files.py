@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_core import InputError
-from shared_core.files import atomic_path, check_writable, write_bytes, write_json, write_text
+from shared_core.files import atomic_path, check_no_run, check_writable, write_bytes, write_json, write_text
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -220,3 +220,14 @@ def test_json_refuses_what_has_no_form(tmp_path):
     with pytest.raises(TypeError, match="complex has no JSON form"):
         write_json(tmp_path / "a.json", {"z": 1j})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_holds_a_run_takes_no_other(tmp_path):
+    file = tmp_path / "run" / "checkpoint.safetensors"
+    check_no_run(file, resume=False)
+    check_no_run(file, resume=True)
+    file.parent.mkdir()
+    file.touch()
+    check_no_run(file, resume=True)
+    with pytest.raises(InputError, match="run: holds a run already; --resume goes on"):
+        check_no_run(file, resume=False)

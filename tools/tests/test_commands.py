@@ -3,6 +3,7 @@
 What its work comes to, each package tests itself; this is what who knows one command may expect of the next.
 """
 
+import ast
 import contextlib
 import json
 import os
@@ -139,7 +140,7 @@ OPTIONS = """
 import importlib, json, sys, typer.main
 app = importlib.import_module(sys.argv[1] + ".cli").app
 print(json.dumps([
-    [name, option, parameter.type.name, getattr(parameter, "help", None)]
+    [name, option, parameter.type.name, getattr(parameter, "help", None), parameter.required]
     for name, command in typer.main.get_command(app).commands.items()
     for parameter in command.params
     for option in parameter.opts
@@ -153,13 +154,31 @@ def test_the_same_options_mean_the_same(member: workspace.Member) -> None:
         [sys.executable, "-c", OPTIONS, member.import_name], capture_output=True, text=True, check=True
     )
     options = json.loads(done.stdout.splitlines()[-1])
-    for name, option, kind, text in options:
+    for name, option, kind, text, _ in options:
         assert kind in SAME.get(option, (kind,)), (name, option, kind)
         if option in SAME:
             assert text, f"{name} {option} has no help"
     proofs = {option: kind for name, option, kind, *_ in options if name == "prove"}
     assert {"--out", "--seeds", "--quick"} <= set(proofs)
     assert proofs["--seeds"].startswith("integer")
+    for name, *words in full_scale(member):
+        known = {option: required for other, option, *_, required in options if other == name}
+        given = {word for word in words if word.startswith("--")}
+        assert given <= set(known), name
+        assert {option for option, required in known.items() if required and "--" in option} <= given, name
+
+
+def full_scale(member: workspace.Member) -> list[list[str]]:
+    """The commands that a proof names for the full-scale job, as words from the subcommand on."""
+    tree = ast.parse((member.folder / "src" / member.import_name / "proof.py").read_text(encoding="utf-8"))
+    (line,) = (
+        node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "command" and isinstance(node.value, ast.Constant)
+    )
+    commands = [shlex.split(part) for part in line.split("&&")]
+    assert {words[0] for words in commands} == {member.command}
+    return [words[1:] for words in commands]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -200,7 +200,7 @@ def test_a_mask_that_follows_all_edges_costs_nothing():
 
 
 def test_an_inside_pair_pushes_half_as_hard_at_saturation():
-    """The ratios of the brief: 1 against 2 inside, 1 in both across the border."""
+    """Asymmetric against symmetric: 1 against 2 inside, 1 in both across the border."""
     edges = EdgeBits(torch.tensor([[[1 << 4, 1 << 3]]], dtype=torch.uint8), 3, 1)
     index = torch.zeros(1, dtype=torch.long)
     pushes = {}

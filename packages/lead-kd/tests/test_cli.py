@@ -46,7 +46,7 @@ def test_training_with_a_cache_a_dev_split_and_resuming(folder, capsys):
     }
     assert list(json.loads(Path("run/dev.json").read_text())) == ["2", "4"]
     assert run(*options, "--steps", "4") == 2
-    assert "holds a run already: go on with --resume" in capsys.readouterr().err
+    assert "holds a run already; --resume goes on with it" in capsys.readouterr().err
     assert run(*options, "--steps", "4", "--resume", "--objective", "response") == 2
     assert "is of a run with another objective: expected Response (got 'Lead')" in capsys.readouterr().err
     assert run(*options, "--steps", "4", "--resume") == 0

@@ -49,7 +49,7 @@ def test_names_are_read_and_given_back(text, source, model):
         (lambda: parse("torchvision/resnet18", batchsize=3), "a workload has source, model"),
         (lambda: parse("torchvision/resnet81").build(), "no such model, did you mean resnet18"),
         (lambda: parse("transformers/brt").build(), "did you mean bert"),
-        (lambda: parse("no.such.module:make").build(), "cannot be imported"),
+        (lambda: parse("no.such.module:make").build(), "no such module here"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(make, message):

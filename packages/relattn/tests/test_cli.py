@@ -344,6 +344,8 @@ def test_a_models_prefix_goes_in_front_of_each_document(t5_folder, article, data
     few = ["fewshot", "--model", t5_folder, "--data", data, "--out", tmp_path / "f", "--train", 2,
            "--validation", 1, "--steps", 1, "--trainable", "new", *SHORT]  # fmt: skip
     assert run(*few, *prefix) == 0
+    assert run(*few) == 2
+    assert "holds a run already; --resume goes on with it" in capsys.readouterr().err
     assert run(*few, "--resume") == 2
     assert "is the state of a run with another source_prefix" in capsys.readouterr().err
     assert run("eval", "--model", t5_folder, "--data", data, "--out", tmp_path / "e", "--limit", 1, *prefix,

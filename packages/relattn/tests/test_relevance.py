@@ -38,7 +38,7 @@ def _inputs(batch: int, controls: int, tokens: int, width: int = 5, seed: int = 
 def _by_hand(
     inputs: RelevanceInputs, row: int, sigma: float | None, half: int, temperature: float
 ) -> list[float]:
-    """a_rel of one row by the brief's formulas, number by number, real tokens only."""
+    """a_rel of one row by the paper's formulas (Section 3.1), number by number, real tokens only."""
     controls = [
         c for c, m in zip(inputs.control_vectors[row].tolist(), inputs.control_mask[row], strict=True) if m
     ]

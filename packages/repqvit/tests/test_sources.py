@@ -102,8 +102,8 @@ def test_a_model_that_says_nothing_needs_mean_std_and_size(vit_folder: Path):
             "image-size: timm/test_resnet has no fixed image size",
         ),
         (ModelSpec("hf/nobody/nothing"), "could not be had .* give a local folder, or --pretrained"),
-        (ModelSpec("no_such_module:make"), "there is no module no_such_module to import"),
-        (ModelSpec("json:make"), "the module json has no callable make"),
+        (ModelSpec("no_such_module:make"), "model: there is no such module here"),
+        (ModelSpec("json:make"), "model: the module has no make"),
         (ModelSpec("collections:OrderedDict"), "must return a torch module, or a pair"),
         (ModelSpec("torch.nn:Identity"), "torch.nn:Identity carries no preprocessing"),
         (

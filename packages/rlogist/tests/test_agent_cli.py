@@ -41,6 +41,9 @@ def test_extract_train_predict_evaluate_report(world, tmp_path, capsys):
     config = json.loads((model / "config.json").read_text())
     assert (config["classes"], config["fingerprint"]) == (["normal", "tumour"], "stain-1")
 
+    code, _, errors = run(capsys, "train", tmp_path / "f", "--labels", labels, "--out", model, *TRAIN)
+    assert (code, "holds a run already; --resume goes on with it" in errors) == (2, True)
+
     (world / "slides" / "broken.tif").write_bytes(b"II*\0" + b"\0" * 40)
     code, shown, errors = run(capsys, "predict", slides, "--model", model, "--out", tmp_path / "p", "--html")
     (world / "slides" / "broken.tif").unlink()

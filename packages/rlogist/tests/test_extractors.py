@@ -138,7 +138,7 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
     [
         ("resnet5", "expected resnet50, stain"),
         ("timm/no_such", "timm has no such model"),
-        ("no_module_here:make", "cannot be imported"),
+        ("no_module_here:make", "there is no such module here"),
     ],
 )
 def test_unknown_names_are_refused(name, words):

@@ -13,7 +13,7 @@ def levels(mpp, *factors, size=100_000):
 
 
 def test_camelyon_reads_levels_1_and_3():
-    """CAMELYON16: 0.243 microns per pixel, factors of 2 (the brief's section 3.6 names levels 3 and 1)."""
+    """CAMELYON16: 0.243 microns per pixel, factors of 2 (SASHA's released code reads levels 3 and 1)."""
     found = geometry(levels(0.243, 1, 2, 4, 8, 16, 32), 2.0, 0.5, 256)
     assert (found.deep.level, found.scan.level, found.patches_per_region) == (1, 3, 16)
     assert (found.deep.read, found.scan.read) == (256, 256)

@@ -73,7 +73,7 @@ def test_settings_are_checked():
 
 
 def four_points_by_shapely(contour: Contour, footprint: int) -> set[tuple[int, int]]:
-    """The brief's section 3.6, square by square."""
+    """CLAM's `four_pt`, square by square."""
     outline = shapely.Polygon(contour.outline)
     left, top, right, bottom = (round(v) for v in outline.bounds)
     kept = set()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 INTERNAL_FAULT = 70  # sysexits.h EX_SOFTWARE; 1 means "the claim does not hold"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_ACCELERATE = "ACCELERATE_TORCH_DEVICE"
 
 # Newer typer releases carry a click of their own, so the class is taken from typer and not from click.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -221,6 +222,24 @@ def print_table(table: "Table") -> None:
 
     console = Console()
     Console(width=None if console.is_terminal else 200).print(table)
+
+
+@contextmanager
+def accelerate_device(name: str) -> Iterator[None]:
+    """Make an `Accelerator` that is made inside the block take a device with a number, such as cuda:1.
+
+    Accelerate takes one from the environment alone; without a number it chooses, in several processes too.
+    """
+    before = os.environ.get(_ACCELERATE)
+    if ":" in name:
+        os.environ[_ACCELERATE] = name
+    try:
+        yield
+    finally:
+        if ":" in name:
+            del os.environ[_ACCELERATE]
+        if before is not None:
+            os.environ[_ACCELERATE] = before
 
 
 def usable_device(name: str) -> str:

@@ -131,3 +131,20 @@ def _not_finite(obj: object, place: str) -> Iterator[str]:
     elif isinstance(obj, list | tuple):
         for index, value in enumerate(obj):
             yield from _not_finite(value, f"{place}[{index}]")
+
+
+def check_no_run(checkpoint: Path, resume: bool) -> None:
+    """Refuse to begin a run in a folder that holds one: it would be lost.
+
+    Args:
+        checkpoint: The file that a run keeps in its folder.
+        resume: Whether the run is to go on.
+
+    Raises:
+        InputError: There is one, and it is not to go on.
+    """
+    if checkpoint.exists() and not resume:
+        raise InputError(
+            "holds a run already; --resume goes on with it, another folder takes a new one",
+            file=checkpoint.parent,
+        )

@@ -111,8 +111,7 @@ def train(
         from asymaffinity.checkpoints import CHECKPOINT
         from asymaffinity.datasets import first_depth
 
-        if (out / CHECKPOINT).exists() and not resume:
-            raise InputError("holds a run already; --resume goes on with it", file=out)
+        files.check_no_run(out / CHECKPOINT, resume)
         boxes = training.load_data(asked)
         for what, count in boxes.skipped.items():
             print(f"left out: {count} {what}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from asymaffinity.condinst import CondInst
 from asymaffinity.losses import BoxSupLoss
 from asymaffinity.mask_rcnn import boxsup_maskrcnn
-from shared_core import InputError
+from shared_core import InputError, named
 
 HEADS = ("condinst", "maskrcnn")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d")
@@ -71,11 +70,7 @@ def build_backbone(name: str, head: str, norm: str = "frozen", trainable_layers:
     if name == "small":
         return SmallPyramid(first=8 if head == "condinst" else 4, levels=5 if head == "condinst" else 4)
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            made = getattr(import_module(module), attribute)()
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"cannot be imported: {error}", field="backbone", value=name) from error
+        made = named.made(name, "backbone")
         if not isinstance(made, nn.Module) or not hasattr(made, "out_channels"):
             raise InputError("expected a module with out_channels", field="backbone", value=name)
         return made

@@ -31,6 +31,7 @@ from asymaffinity.models import build_backbone, build_detector, load_backbone
 from asymaffinity.settings import FREE, Settings, plain
 from shared_core import InputError
 from shared_core.checkpoints import check_same_run, optimizer_tensors, read_tensors, restore_optimizer
+from shared_core.command import accelerate_device
 from shared_core.errors import needs_extra
 from shared_core.files import write_text
 
@@ -230,9 +231,10 @@ class _Run:
             from accelerate import Accelerator, DistributedDataParallelKwargs
         # A batch without a positive of some class leaves parameters out.
         spare = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision, cpu=device == "cpu", kwargs_handlers=[spare]
-        )
+        with accelerate_device(device):
+            self.accelerator = Accelerator(
+                mixed_precision=settings.mixed_precision, cpu=device == "cpu", kwargs_handlers=[spare]
+            )
         self.model, self.data, self.settings, self.folder = model, data, settings, folder
         parameters = [p for p in model.parameters() if p.requires_grad]
         if settings.optimizer == "adamw":

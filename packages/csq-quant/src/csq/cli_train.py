@@ -119,10 +119,7 @@ def train(
         if (out / runs.RUN).exists():
             if resume:
                 asked = _same_settings(asked, runs.TrainingRun.open(out))
-            elif (out / CHECKPOINT).exists():
-                raise InputError(
-                    "holds a run already; --resume goes on with it, another folder takes a new one", file=out
-                )
+            files.check_no_run(out / CHECKPOINT, resume)
         elif resume and "model" not in asked:
             raise InputError("holds no run to go on with", file=out)
         for name in ("model", "data"):

@@ -1,4 +1,4 @@
-"""The bit-level weight as a function of its gates, with the closed-form gradients of the brief.
+"""The bit-level weight as a function of its gates, with its gradients in closed form.
 
 CSQ, Section 3: with bit planes b = 0..n-1 of place value 2^b and the gate f_β(m) = sigmoid(β m),
 
@@ -126,7 +126,7 @@ class _PlaneSum(torch.autograd.Function):
         return (total * step_size(scale, len(gates))).view(positive.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:  # d loss / d argument, the brief's closed forms
+    def backward(ctx: Any, *outputs: Tensor) -> Any:  # d loss / d argument, in closed form
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "csq's weights are differentiable once: use create_graph=False, or csq.functional."

@@ -1,4 +1,4 @@
-"""Temperature, budget and stages of a training run (CSQ, Sections 3.3 to 3.5 of the brief).
+"""Temperature, budget and stages of a training run (CSQ, Section 3).
 
 The schedule computes; what it has to remember stands in buffers of the model's bit planes. So a model's state
 dict resumes a run to the last bit, and copies of a model in several processes stay alike.

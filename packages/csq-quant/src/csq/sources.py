@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from csq.resnet import CifarResNet
-from shared_core import InputError
+from shared_core import InputError, named
 from shared_core.errors import needs_extra
 
 _RESNET = re.compile(r"resnet(\d+)")
@@ -111,25 +109,7 @@ def _timm(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
 
 
 def _own(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # the user's own module, as `python -m` finds it
-    module_name, _, attribute = name.partition(":")
-    try:
-        maker = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        if error.name != module_name:
-            raise InputError(f"needs a module {error.name}", field="model", value=name) from error
-        raise InputError("there is no such module here", field="model", value=name) from error
-    except AttributeError as error:
-        raise InputError(f"the module has no {attribute}", field="model", value=name) from error
-    except Exception as error:  # whatever the user's module raises
-        raise InputError(f"cannot be imported: {_named(error)}", field="model", value=name) from error
-    try:
-        model = maker()
-    except Exception as error:  # whatever the user's function raises
-        raise InputError(
-            f"cannot be made by a call without arguments: {_named(error)}", field="model", value=name
-        ) from error
+    model = named.made(name, "model")
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}", field="model", value=name)
     return model
@@ -217,10 +197,6 @@ def load_weights(model: nn.Module, file: Path, classes: int) -> None:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -239,7 +239,9 @@ def train(
     log_every: Annotated[int, typer.Option(min=1, help="Steps between records of the history.")] = 10,
     workers: Annotated[int, typer.Option(min=0, help="Processes that tokenize; 0 for none.")] = 0,
     mixed_precision: Annotated[Mixed, typer.Option(help="fp16 or bf16 on a GPU.")] = Mixed.NO,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in OUT, where there is one.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     skip_missing: SkipMissing = False,
@@ -268,11 +270,12 @@ def train(
         from lead_kd.training import Recipe
 
         where = command.usable_device(device)
-        accelerator = Accelerator(
-            cpu=where == "cpu",
-            mixed_precision=mixed_precision.value,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
+        with command.accelerate_device(where):
+            accelerator = Accelerator(
+                cpu=where == "cpu",
+                mixed_precision=mixed_precision.value,
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            )
         where = str(accelerator.device)
         small = DualEncoder(jobs.load_student(student, where, kept), None, query_length, passage_length)
         large = None

@@ -31,6 +31,7 @@ from lead_kd.scorers import DualEncoder, Scorer, to_device
 from lead_kd.scores import gather_plain
 from lead_kd.selection import LayerSchedule
 from shared_core import InputError
+from shared_core.files import check_no_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -138,8 +139,8 @@ def distill(
         schedule: Pairs of layers; needed by objectives that align them.
         co_train: Train the teacher with an optimizer of its own, as published.
         out: Folder of checkpoint and history; None keeps neither.
-        resume: Go on from the checkpoint in `out`, to the same result as a run without a break (to the bit on
-            a CPU).
+        resume: Go on from the checkpoint in `out`, where there is one, to the same result as a run without a
+            break (to the bit on a CPU).
         about: What else a resumed run must have in common with the first, such as names of data and models.
         evaluate: Called every `evaluate_every` steps and at the end, by the main process.
         on_step: Called after each step, with the number of steps that are done.
@@ -169,13 +170,13 @@ def distill(
     done, trained = 0, Trained()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        if resume:
+        if run.accelerator.is_main_process:
+            check_no_run(folder / CHECKPOINT, resume)
+        if resume and (folder / CHECKPOINT).exists():
             done = read_checkpoint(
                 folder / CHECKPOINT, settings, run.modules, run.optimizers, run.accelerator.scaler
             )
             trained.history = _read_history(folder / HISTORY, done)
-        elif (folder / CHECKPOINT).exists() and run.accelerator.is_main_process:
-            raise InputError("holds a run already: go on with --resume, or name another folder", file=folder)
 
     def save(step: int) -> None:
         if folder is not None and run.accelerator.is_main_process:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from migperf.sweeps import Cell, sweep
     from migperf.tables import official_a100, table_from_records
 
-__version__ = "0.1.0"
 
 __all__ = [
     # devices and geometries

@@ -1,7 +1,7 @@
 """Measuring: one process an instance, begun together, measured while all of them are at work.
 
-Source: the brief's measurement protocol (3.5): spawned workers, a barrier, steady state, the overlap window
-trimmed by one warm-up interval at each end, latencies pooled, contamination said.
+The protocol: spawned workers, a barrier, steady state, the overlap window trimmed by one warm-up interval at
+each end, latencies pooled, contamination said.
 """
 
 import os

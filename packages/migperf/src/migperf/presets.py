@@ -1,6 +1,6 @@
 """The paper's studies as cells of a sweep: profiles, batches, lengths, threads and rates of its scripts.
 
-Source: the official project's experiment scripts (brief, section 3.2). They time 1000 batches after 100 of
+Source: the official project's experiment scripts. They time 1000 batches after 100 of
 warm-up (training: 500 steps); here a window of time is measured, after a warm-up to the steady state.
 """
 

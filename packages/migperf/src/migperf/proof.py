@@ -3,12 +3,13 @@
 import shutil
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migperf import __version__, contamination, page, plans, rivals, summaries
+from migperf import contamination, page, plans, rivals, summaries
 from migperf.backends.mig import MigBackend
 from migperf.backends.simulated import SimulatedNvml
 from migperf.errors import DriverError
@@ -71,7 +72,7 @@ def run_proof(out: Path, seeds: Sequence[int], quick: bool) -> int:
     with (
         ProofRun(
             package="migperf",
-            version=__version__,
+            version=metadata.version("migperf"),
             source=SOURCE,
             data=data,
             seeds=seeds,

@@ -1,7 +1,7 @@
 """Sweeps: geometries times workloads times loads, interleaved at random, each finished cell kept at once.
 
-Source: the brief's protocol (3.5, item 6): at least three repeats, geometries interleaved in random order, so
-that a drift of the machine does not look like a difference between geometries.
+The protocol: at least three repeats, geometries interleaved in random order, so that a drift of the machine
+does not look like a difference between geometries.
 """
 
 import hashlib

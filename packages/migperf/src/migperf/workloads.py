@@ -3,7 +3,6 @@
 Models have random weights: how fast they run does not depend on what they learnt.
 """
 
-import importlib
 import math
 import re
 import time
@@ -14,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from shared_core import InputError
 from shared_core.errors import needs_extra
+from shared_core.named import imported
 
 DTYPES = ("float32", "float16", "bfloat16")
 _TORCH = ("torchvision", "timm", "transformers")
@@ -283,14 +283,7 @@ class _Function:
 
 
 def _custom(workload: Workload, device: str) -> Task:
-    module, _, name = workload.model.partition(":")
-    try:
-        made: Any = importlib.import_module(module)
-        for part in name.split("."):
-            made = getattr(made, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot be imported: {error}", field="workload", value=workload.model) from error
-    task = made(workload, device)
+    task = imported(workload.model, "workload")(workload, device)
     if isinstance(task, Task):
         return task
     if callable(task):

@@ -299,7 +299,7 @@ def fewshot(
         ),
     ] = "linear",
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = 3e-5,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.", callback=above_zero)] = 3e-5,
     temperature: Temperature = "1",
     max_tokens: MaxTokens = None,
     beams: Beams = None,
@@ -308,9 +308,13 @@ def fewshot(
     seed: Annotated[int, typer.Option(min=0, help="Which documents, their order, and dropout.")] = 0,
     device: Device = "auto",
     skip_bad: SkipBad = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in OUT, where there is one.")
+    ] = False,
 ) -> None:
     """Learn from a few examples how strongly, and by what relevance, to steer."""
+    checkpoint = out / "checkpoint.safetensors"
+    files.check_no_run(checkpoint, resume)
     examples = cli_inputs.read_examples(data, format, split, articles, skip_bad, newts_control)
     loaded, tokenizer = cli_inputs.load_model(model, device)
     from relattn import fewshot as learning
@@ -330,14 +334,14 @@ def fewshot(
         smooth_sigma=None,
     )  # fmt: skip
     settings = learning.FewShotSettings(
-        trainable=trainable, steps=steps, warmup=min(10, steps), learning_rate=learning_rate, seed=seed,
+        trainable=trainable, steps=steps, warmup=min(10, steps), learning_rate=lr, seed=seed,
         generation=_generation(beams, max_tokens, None),
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("training") as status:
         result = learning.fit(
             loaded, tokenizer, chosen, held_out, module, settings,
-            checkpoint=out / "checkpoint.safetensors", resume=resume,
+            checkpoint=checkpoint, resume=resume,
             on_step=lambda step, loss: status.update(f"step {step} of {steps}, loss {loss:.3f}"),
             source_prefix=source_prefix,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """The proof: does relevance attention steer a summarizer that knows no control, and better than its rivals?
 
-`experiments.py` states the data and the protocol. Thresholds of the first rule are the brief study's: a gain
-of 3 points of ROUGE-1 and 8 of success, and no gain from the control of another document.
+`experiments.py` states the data and the protocol. Thresholds of the first rule come from a smaller study
+before the first run: a gain of 3 points of ROUGE-1 and 8 of success, and no gain from the control of another
+document.
 """
 
 import sys

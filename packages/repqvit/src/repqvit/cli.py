@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -442,8 +441,6 @@ def _source(
 ) -> repqvit.sources.Source:
     from repqvit.sources import ModelSpec, load_model
 
-    if ":" in model and "/" not in model and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # the user's own module, as `python -m` finds it
     values = [
         None if text is None else tuple(float(part) for part in text.split(",")) for text in (mean, std)
     ]

@@ -13,7 +13,6 @@ downloaded unless pretrained weights are asked for.
 from __future__ import annotations
 
 import difflib
-import importlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shared_core import InputError
+from shared_core import InputError, named
 from shared_core.errors import needs_extra
 
 _NESTED = ("model", "state_dict")
@@ -259,21 +258,11 @@ def _huggingface_preprocessing(name: str, where: dict[str, Any], spec: ModelSpec
 
 
 def _own(spec: ModelSpec) -> Source:
-    module_name, _, attribute = spec.name.partition(":")
     if spec.weights:
         raise InputError(f"{spec.name} makes its own weights: drop --pretrained/--random", value=spec.weights)
     if spec.num_classes:
         raise InputError(f"{spec.name} decides its own outputs", field="num-classes", value=spec.num_classes)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not module_name.startswith(error.name or "?"):
-            raise  # the user's module is there and wants another one
-        raise InputError(f"there is no module {error.name} to import", value=spec.name) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise InputError(f"the module {module_name} has no callable {attribute}", value=spec.name)
-    made = function()
+    made = named.made(spec.name, "model")
     model, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise InputError(

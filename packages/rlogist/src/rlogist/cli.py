@@ -17,7 +17,7 @@ from shared_core.command import (
     folder_to_write,
     run,
 )
-from shared_core.files import make_folder
+from shared_core.files import check_no_run, make_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -170,7 +170,9 @@ def train(
     joint_every: Annotated[int, typer.Option(min=0, help="updates between steps of the classifier")] = 0,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0, help="of all randomness")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in OUT, where there is one")
+    ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="scalars to OUT/tensorboard")] = False,
 ) -> None:
     """Train all stages on feature files; writes a checkpoint after each epoch and the model at the end."""
@@ -180,8 +182,10 @@ def train(
     from rlogist.ppo import PPOSettings
     from rlogist.progress import training
     from rlogist.staged import StagedSettings
+    from rlogist.training_run import CHECKPOINT
     from shared_core.command import usable_device
 
+    check_no_run(out / CHECKPOINT, resume)
     device = usable_device(device)
     found = labelled_bags(features, labels)
     bags, held = train_split(found.bags, found.records, validation, seed)

@@ -4,7 +4,6 @@ An extractor is a callable with `dim`, `name` and `fingerprint`; features of two
 """
 
 import hashlib
-import importlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from rlogist.stain import StainExtractor
-from shared_core import InputError
+from shared_core import InputError, named
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -176,7 +175,7 @@ def _timm(
         raise InputError("timm is not installed: pip install 'rlogist[timm]'") from error
     if not timm.is_model(name.partition(".")[0]):
         raise InputError("timm has no such model", field="extractor", value=name)
-    # out_indices=[3] ends after stage 3, 1024 channels at 1/16 (the brief's section 3.3).
+    # out_indices=[3] ends after stage 3, 1024 channels at 1/16, as CLAM's extractor does.
     options: dict[str, Any] = {"features_only": True, "out_indices": [3]} if truncated else {"num_classes": 0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -275,12 +274,7 @@ def _load_weights(encoder: nn.Module, path: Path) -> None:
 
 
 def _custom(name: str, device: str, batch_size: int) -> Extractor:
-    module, _, attribute = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot be imported: {error}", field="extractor", value=name) from error
-    found = make(device=device, batch_size=batch_size)
+    found = named.made(name, "extractor", device=device, batch_size=batch_size)
     if not isinstance(found, Extractor):
         raise InputError(
             "expected a callable with name, dim and fingerprint, from patches to (batch, dim)",

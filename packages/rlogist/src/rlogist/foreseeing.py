@@ -1,4 +1,4 @@
-"""Stage B: f_global learns to foresee V of regions that were not looked at (the brief's section 3.4)."""
+"""Stage B: f_global learns to foresee V of regions that were not looked at."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Stage A: classifier and f_local learn on every region at depth (the brief's section 3.4)."""
+"""Stage A: classifier and f_local learn on every region at depth."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -48,7 +48,7 @@ def region_grid(contours: Sequence[Contour], footprint: int, side: int) -> Regio
     """Lay a grid over each contour and keep the squares that pass the four-point test.
 
     A square stays where any of four points, its centre plus or minus a quarter of its side in x and y, lies
-    in the outline or on it, and its centre lies in no hole (the brief's section 3.6; CLAM's `four_pt`).
+    in the outline or on it, and its centre lies in no hole (CLAM's `four_pt`).
 
     Args:
         contours: Pieces of tissue, level-0 pixels.

@@ -1,4 +1,4 @@
-"""Hyperparameters of training before any reinforcement: the brief's stages A, B and B2.
+"""Hyperparameters of training before any reinforcement: stages A, B and B2.
 
 A: classifier and f_local on all regions at depth (`full_observation`). B: f_global learns to foresee V from
 random looks (`foreseeing`). B2: the classifier is fine-tuned on partly observed states beside full ones,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlogist.stage import Stage, flat_tensors, part_of
 from shared_core import InputError, files
 
+CHECKPOINT = "checkpoint.safetensors"
 Epoch = Callable[[str, int, int, dict[str, float]], None]
 """Called with (stage, epochs done, epochs in all, what there is to log) after each epoch."""
 
@@ -52,7 +53,7 @@ def run_stages(
     Raises:
         InputError: The checkpoint is damaged or of a run with other settings.
     """
-    path = None if folder is None else Path(folder) / "checkpoint.safetensors"
+    path = None if folder is None else Path(folder) / CHECKPOINT
     found = read_checkpoint(path, settings) if resume and path is not None and path.exists() else None
     if found is not None:
         networks.load_state_dict(found.networks)
@@ -94,7 +95,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         raise InputError(f"not a whole checkpoint: {error}", file=path) from error
     if header.get("settings") != _line(settings):
         raise InputError(
-            "is of a run with other settings or slides: train without --resume, or in another folder",
+            "is of a run with other settings or slides: another folder takes a new one",
             file=path,
         )
     return Checkpoint(int(header["stage"]), part_of(tensors, "networks"), part_of(tensors, "state"))

@@ -12,8 +12,6 @@ from smm_dp.rdp import Guarantee
 from smm_dp.rotation import rotate, unrotate
 from smm_dp.samplers import sample_skellam
 
-__version__ = "0.1.0"
-
 __all__ = [
     "SkellamMixture",
     "calibrate",

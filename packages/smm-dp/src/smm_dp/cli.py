@@ -186,19 +186,17 @@ def simulate(
     rate: Rate = 0.06,
     rounds: Rounds = 100,
     hidden: Annotated[int, typer.Option(help="width of the hidden layer")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="of Adam on the averaged gradient")] = 0.01,
+    lr: Annotated[float, typer.Option(help="of Adam on the averaged gradient")] = 0.01,
     seed: Annotated[int, typer.Option(help="of model, sampling and simulated noise")] = 0,
     resume: Annotated[
-        bool, typer.Option(help="continue a run in the same folder; its ledger goes on")
+        bool, typer.Option("--resume", help="go on with the run in OUT, where there is one; its ledger too")
     ] = False,
 ) -> None:
     """Train a model on records that are each one participant's (simulated noise: protects nobody)."""
     from smm_dp.training_job import TrainingJob, train
 
     for line in train(
-        TrainingJob(
-            out, data, method, epsilon, delta, scale, bits, rate, rounds, hidden, learning_rate, seed
-        ),
+        TrainingJob(out, data, method, epsilon, delta, scale, bits, rate, rounds, hidden, lr, seed),
         resume,
     ):
         typer.echo(line)

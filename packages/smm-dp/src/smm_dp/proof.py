@@ -1,6 +1,7 @@
 """The small proof: accounting against the exact divergence, sums against bits and epsilon, and training."""
 
 from collections.abc import Sequence
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared_core.proof import ProofRun
-from smm_dp import __version__
 from smm_dp.divergence import exact_rdp
 from smm_dp.experiments import (
     INTEGER_METHODS,
@@ -69,13 +69,13 @@ def run_proof(out: Path, seeds: Sequence[int], quick: bool) -> int:
     with (
         ProofRun(
             package="smm-dp",
-            version=__version__,
+            version=metadata.version("smm-dp"),
             source=SOURCE,
             data=data,
             seeds=seeds,
             out=out,
             quick=quick,
-            command="smm-dp simulate --data mnist.npz --epsilon 3 --bits 8",
+            command="smm-dp simulate --data mnist.npz --epsilon 3 --bits 8 --out runs/mnist",
         ) as run,
         Progress(console=Console(stderr=True), transient=True) as progress,
     ):

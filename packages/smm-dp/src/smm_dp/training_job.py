@@ -141,7 +141,9 @@ def _begin(job: TrainingJob, resume: bool) -> Path:
         write_json(file, settings)
         return checkpoint
     if not resume:
-        raise InputError("holds a run already: pass --resume, or another folder", file=job.out)
+        raise InputError(
+            "holds a run already; --resume goes on with it, another folder takes a new one", file=job.out
+        )
     if not file.exists():
         raise InputError("has no run.json, which says what was run: start in another folder", file=job.out)
     for field, value in json.loads(file.read_text()).items():
