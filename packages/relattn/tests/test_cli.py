@@ -156,7 +156,8 @@ def test_fewshot_learns_on_other_documents_than_it_validates_on(folder, data, tm
     assert not set(record["train"]) & set(record["validation"])
     assert run("summarize", "--model", folder, "--module", out, "--control", "music", article, *SHORT) == 0
     capsys.readouterr()
-    assert run(*arguments[:5], "--out", tmp_path / "g", *arguments[7:9], "--validation", 9, *arguments[11:]) == 2
+    arguments[6], arguments[10] = tmp_path / "g", 9
+    assert run(*arguments) == 2
     assert "expected at least 11 documents" in capsys.readouterr().err
 
 
