@@ -81,7 +81,8 @@ def test_extract_train_predict_evaluate_report(world, tmp_path, capsys):
     one_class.write_text(labels.read_text().replace("tumour", "normal"))
     code, _, errors = run(capsys, "evaluate", tmp_path / "p", "--labels", one_class)
     assert (code, "AUC is not defined" in errors) == (2, True)
-    code, _, errors = run(capsys, "train", tmp_path / "f", "--labels", one_class, "--out", model, *TRAIN)
+    again = ("train", tmp_path / "f", "--labels", one_class, "--out", tmp_path / "n", *TRAIN)
+    code, _, errors = run(capsys, *again)
     assert (code, "at least two classes" in errors) == (2, True)
     for rho in (0, 1.5):
         code, _, errors = run(
