@@ -85,6 +85,10 @@ def test_inception_is_torchvisions_up_to_mixed_6e():
         theirs(x)
     torch.testing.assert_close(feature, seen["out"])
     assert feature.shape == (1, 768, 17, 17)
+    assert list(ours.non_local) == ["Mixed_5d", "Mixed_6e"]
+    nn.init.ones_(ours.non_local["Mixed_5d"].norm.weight)  # it begins as identity
+    with torch.no_grad():
+        assert not torch.allclose(ours(x), feature)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_what_is_no_map_is_refused():
 def test_names_that_are_none():
     with pytest.raises(InputError, match=r"timm has no such model; it has .*resnet"):
         build_backbone("resnet_19")
-    with pytest.raises(InputError, match="cannot be imported"):
+    with pytest.raises(InputError, match="backbone: the module has no nothing"):
         build_backbone("tiny:nothing")
     with pytest.raises(InputError, match="gives int, expected a module"):
         build_backbone("builtins:int")

@@ -204,6 +204,14 @@ def test_a_map_that_shows_nothing_gives_the_whole_image_and_says_so(mode, value)
     assert not swept.found.any()
 
 
+def test_a_contour_is_found_in_a_map_without_positive_values_and_an_official_box_is_not():
+    values = np.where(two_blobs() > 0, -0.1, -1.0)
+    assert boxes_from_map(values, 0.1, "contour") == boxes_from_map(two_blobs(), 0.1, "contour")
+    assert contour_boxes(values, np.array([0.1])).largest.found.all()
+    assert not boxes_from_map(values, 0.1).found
+    assert not official_boxes(values, np.array([0.1])).found.any()
+
+
 def test_one_pixel_that_is_not_finite_spoils_the_map():
     values = two_blobs()
     values[0, 0] = np.nan

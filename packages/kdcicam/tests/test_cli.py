@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 import torch
 import trees
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import average_precision_score
 
 from kdcicam import cli
-from kdcicam.checkpoints import load_model
+from kdcicam.baselines import BASELINES
+from kdcicam.boxes import boxes_from_map
+from kdcicam.checkpoints import load_model, save_model
+from kdcicam.data import load_images
+from kdcicam.images import for_evaluation, read_image
+from kdcicam.masks import read_mask
+from kdcicam.model import CICAM
 from shared_core.testing import exit_code
 
 # accelerate's own use of deprecated torch calls; nothing of ours.
@@ -171,6 +181,87 @@ def test_a_teacher_without_pool_is_refused_and_gets_it_by_an_option(
     assert "pool: expected the pool (3, 6, 6) (got (2, 6, 6))" in capsys.readouterr().err
 
 
+def test_a_pool_beside_the_weights_serves_every_command(teachers, data, tmp_path: Path, capsys) -> None:
+    poolless = tmp_path / "teacher"
+    shutil.copytree(teachers["cls"], poolless)
+    state = load_file(poolless / "model.safetensors")
+    pool = state.pop("pool")
+    save_file(state, poolless / "model.safetensors")
+    student = [
+        "train-student",
+        "--cls",
+        poolless,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "s",
+        *SHORT,
+        "--epochs",
+        1,
+    ]
+    compare = ["compare", poolless, "--data", data, "--thr", 0.2, "--no-contours", "--device", "cpu"]
+    for asked in (student, compare):
+        assert run(*asked) == 2
+        assert "put it beside the weights as pool.safetensors or pool.pt" in capsys.readouterr().err
+    torch.save(pool[None], poolless / "pool.pt")
+    for asked in (student, compare):
+        assert run(*asked) == 0
+    assert torch.equal(load_model(poolless).pool, pool)
+
+
+@pytest.mark.parametrize(
+    ("role", "kind"), [("cam", "cam"), ("nl-ccam", "nl-ccam"), ("ci-cam", "ci-cam"), ("student", "ci-cam")]
+)
+def test_eval_and_localize_read_the_map_of_the_role(data, tmp_path: Path, role, kind) -> None:
+    torch.manual_seed(1)
+    model = CICAM("tiny:backbone", 3, image_size=24, context=role not in ("cam", "nl-ccam")).eval()
+    tiny.with_pool(model)
+    save_model(model, tmp_path, {"role": role, "classes": trees.CLASSES})
+    options = ["--data", data, "--thr", 0.2, "--no-contours", "--device", "cpu"]
+    assert run("eval", tmp_path, *options, "--json", tmp_path / "n.json") == 0
+    (row,) = json.loads((tmp_path / "n.json").read_text())
+    assert row["map"] == kind
+    image = data / "test" / "disc" / "test0.png"
+    assert run("localize", tmp_path, image, "--out", tmp_path, "--thr", 0.2, "--device", "cpu") == 0
+    (found,) = json.loads((tmp_path / "boxes.json").read_text())["images"]
+    batch = for_evaluation(read_image(image), np.empty((0, 4)), "full", 24)[0][None]
+    maps, _ = BASELINES[kind](model, model(batch), batch, None)
+    box = boxes_from_map(maps[0].detach().numpy(), 0.2).box
+    assert found["box"] == pytest.approx(np.array(box) * [2, 40 / 24, 2, 40 / 24], abs=0.01)
+
+
+def test_eval_reports_pxap_where_images_have_masks(tmp_path: Path, capsys) -> None:
+    metadata, images = trees.openimages(tmp_path / "data")
+    model = tiny.with_pool(CICAM("tiny:backbone", 3, image_size=24)).eval()
+    save_model(model, tmp_path / "m", {"role": "ci-cam", "classes": trees.CLASSES})
+    asked = [
+        "eval",
+        tmp_path / "m",
+        "--data",
+        metadata,
+        "--images",
+        images,
+        "--masks",
+        images,
+        "--device",
+        "cpu",
+    ]
+    assert run(*asked, "--json", tmp_path / "n.json") == 0
+    shown = capsys.readouterr().out
+    assert "PxAP" in shown
+    assert "full protocol, 6 images" in shown
+    assert "GT-known" not in shown
+    (row,) = json.loads((tmp_path / "n.json").read_text())
+    test, scores, truth = load_images(metadata, "test", images=images), [], []
+    for file, masks in zip(test.files, test.masks, strict=True):
+        batch = for_evaluation(read_image(file), np.empty((0, 4)), "full", 24)[0][None]
+        values = BASELINES["ci-cam"](model, model(batch), batch, None)[0][0].detach()
+        mask = read_mask(masks, "full", 24)
+        scores += ((values - values.min()) / (values.max() - values.min()))[mask != 255].tolist()
+        truth += mask[mask != 255].tolist()
+    assert row["pxap"] == pytest.approx(average_precision_score(truth, scores), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -178,6 +269,8 @@ def test_a_teacher_without_pool_is_refused_and_gets_it_by_an_option(
         (["train-teacher", *PLACES, "--role", "student"], "expected one of cls, loc"),
         (["train-teacher", *PLACES, "--recipe", "cub-vgg16-student"], "is for train-student"),
         (["train-student", *PLACES, "--recipe", "cub-vgg16-cls"], "is for train-teacher"),
+        (["train-teacher", *PLACES, "--role", "cam", *SHORT, "--set", "auxiliary=fore"], "is for the roles"),
+        (["train-teacher", *PLACES, "--role", "cls", *SHORT, "--set", "last=4"], "last: expected 1 to the 3"),
         (["train-teacher", "--out", "x", "--data", "nowhere", "--role", "cls"], "there is no such folder"),
         (["eval", "CLS", "--data", "DATA", "--thr", "best"], "expected validation, oracle or a share"),
         (["eval", "DATA", "--data", "DATA"], "there is no config.json"),

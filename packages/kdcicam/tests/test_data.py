@@ -130,6 +130,51 @@ def test_xyxy_in_cocos_place_is_recognized(tmp_path: Path):
         coco_boxes(tmp_path / "a.json")
 
 
+def coco(path: Path, *names: str) -> None:
+    """Each image has a box of its own."""
+    images = [{"id": k, "file_name": name, "width": 48, "height": 40} for k, name in enumerate(names)]
+    notes = [{"image_id": k, "bbox": [k, k, 20, 20]} for k in range(len(names))]
+    path.write_text(json.dumps({"images": images, "annotations": notes}))
+
+
+def test_cocos_entries_of_one_name_are_refused(tmp_path: Path):
+    coco(tmp_path / "a.json", "a.png", "b.png", "a.png")
+    with pytest.raises(InputError, match=r"a\.json: file_name: .*, found 1 more than once \(got 'a\.png'\)"):
+        coco_boxes(tmp_path / "a.json")
+    twice = [{"id": 0, "file_name": "a.png"}, {"id": 0, "file_name": "b.png"}]
+    (tmp_path / "a.json").write_text(json.dumps({"images": twice, "annotations": []}))
+    with pytest.raises(
+        InputError, match=r"a\.json: id: expected each once, found 1 more than once \(got 0\)"
+    ):
+        coco_boxes(tmp_path / "a.json")
+
+
+def test_a_bare_file_name_that_several_classes_have_is_refused(tmp_path: Path):
+    """Class folders that each count from 0: the box would be that of every class's image."""
+    root = trees.class_folders(tmp_path)
+    coco(root / "test.json", "test0.png")
+    words = r"test\.json: 3 images have this file_name: .*, as disc/test0\.png \(got 'test0\.png'\)"
+    with pytest.raises(InputError, match=words):
+        load_images(root, "test")
+    (root / "test" / "square" / "test0.png").rename(root / "test" / "square" / "own.png")
+    coco(root / "test.json", "own.png")
+    boxes = [b.tolist() for b in load_images(root, "test").boxes]
+    assert [b for b in boxes if b] == [[[0, 0, 20, 20]]]
+
+
+def test_one_file_of_boxes_tells_the_splits_apart(tmp_path: Path):
+    root = trees.class_folders(tmp_path, train=2, test=2)
+    for part in ("train", "test"):
+        (root / f"{part}.json").unlink()
+        (root / part / "disc" / f"{part}0.png").rename(root / part / "disc" / "same.png")
+    coco(root / "boxes.json", "disc/same.png")
+    with pytest.raises(InputError, match=r"2 images have this file_name: .*, as train/disc/same\.png"):
+        load_images(root, "test")
+    coco(root / "boxes.json", "train/disc/same.png", "test/disc/same.png")
+    assert load_images(root, "test").boxes[0].tolist() == [[1, 1, 21, 21]]
+    assert load_images(root, "train", validation=0).boxes[0].tolist() == [[0, 0, 20, 20]]
+
+
 def test_an_unknown_folder_says_what_is_looked_for(tmp_path: Path):
     with pytest.raises(InputError, match="holds none of: train_test_split"):
         load_images(tmp_path, "test")

@@ -177,7 +177,7 @@ def test_a_teachers_loss_is_the_formula():
 
 def test_the_area_term_pushes_the_map_down():
     model, x = tiny.with_pool(tiny.model()), tiny.images()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.002)
     before = area(model(x), (24, 24), 2, "quadratic", 5)
     for _ in range(5):
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -104,6 +105,14 @@ def test_two_processes_train_as_one_and_add_up_their_pools(tmp_path: Path):
     for name, value in alone.model.state_dict().items():
         torch.testing.assert_close(first["state"][name], value, rtol=1e-3, atol=1e-4)
     assert first["state"]["pool"].flatten(1).any(1).all()
+    # The lottery gives each process another number of images of each teacher.
+    flags = [
+        [[draw_flag((0, 1, 2), 0, *key) for key in batch] for batch in EpochBatches(12, 4, 0, 6, 0, *part)]
+        for part in ((0, 2), ())
+    ]
+    assert any(2 * half.count(1) != whole.count(1) for half, whole in zip(*flags, strict=True))
+    for name, value in student(epochs=2).model.state_dict().items():
+        torch.testing.assert_close(first["student"][name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_two_processes_share_a_batch():
@@ -179,6 +188,40 @@ def test_learning_rates_of_the_recipes():
     inception = settings_from("cub-inception-student", {})
     assert inception.learning_rate(90) == pytest.approx(1e-4 * 0.1**0.9 * 0.5 * 0.1)
     assert settings_from("ilsvrc-vgg16-student", {}).learning_rate(12) == pytest.approx(8e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cub-vgg16-cls", {"auxiliary": "fore", "eta": 1.0, "area": 0.04, "area_mode": 2, "threshold": 0.08,
+                           "epochs": 100, "batch_size": 6, "decay_every": 14}),
+        ("cub-vgg16-loc", {"auxiliary": "diff_aux", "eta": 0.5, "area": 0.0, "threshold": 0.0,
+                           "augmentation": "resize:336+flip"}),
+        ("cub-vgg16-loc-top1", {"auxiliary": "diff_aux", "eta": 0.5, "area": 0.0, "threshold": 0.0,
+                                "augmentation": "crop:0.1,1+flip"}),
+        ("cub-vgg16-student", {"alpha": 0.8, "beta": 1.0, "temperature_cls": 15.0, "temperature_loc": 15.0,
+                               "lr": 5e-4, "lr_ratio": 0.1, "update_rate": 0.002, "decay_every": 40,
+                               "flags": (0, 1, 2), "augmentation": "crop:0.2,1+flip+randaugment:3,10",
+                               "augmentation_cls": "crop:0.2,1+flip", "augmentation_loc": "crop:0.1,1+flip",
+                               "kl": "standard", "t_squared": False, "combine": "quadratic"}),
+        ("cub-inception-cls", {"auxiliary": "fore", "eta": 0.6, "threshold": 0.15, "lr": 1e-4,
+                               "lr_ratio": 0.6, "decay_every": 50, "drop_epoch": 85}),
+        ("cub-inception-loc", {"auxiliary": "diff_aux", "eta": 0.2, "threshold": 0.25, "area": 2e-8,
+                               "augmentation": "crop:0.1,1+flip+randaugment:3,10"}),
+        ("cub-inception-student", {"update_rate": 0.015, "image_size": 299}),
+        ("ilsvrc-vgg16-cls", {"auxiliary": "fore", "eta": 1.0, "area": 0.04, "area_mode": 1,
+                              "augmentation": "crop:0.4,1+flip"}),
+        ("ilsvrc-vgg16-loc", {"auxiliary": "diff_aux", "eta": 1.0, "area": 1e-6,
+                              "augmentation": "resize:240+flip"}),
+        ("ilsvrc-vgg16-student", {"lr": 8e-5, "lr_ratio": 1.0, "batch_size": 78, "epochs": 20,
+                                  "temperature_cls": 1.1, "temperature_loc": 1.1,
+                                  "augmentation_loc": "crop:0.9,1.1+flip"}),
+    ],
+)  # fmt: skip
+def test_recipes_have_the_papers_values(name: str, expected: dict[str, Any]):
+    """Sections 3.6 to 3.8, and the released settings."""
+    asked = settings_from(name, {})
+    assert {key: getattr(asked, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -18,6 +18,7 @@ def model(num_classes: int = 5, seed: int = 0, size: int = 24, **options) -> CIC
     torch.manual_seed(seed)
     made = CICAM(backbone(), num_classes, image_size=size, **options)
     nn.init.normal_(made.context_conv.bias)  # else too small to see in any test
+    nn.init.normal_(made.classifier.weight)  # else all images have the same class
     return made
 
 
@@ -27,4 +28,6 @@ def with_pool(made: CICAM, seed: int = 7) -> CICAM:
 
 
 def images(count: int = 6, size: int = 24, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    colours = 3 * torch.randn(count, 3, 1, 1, generator=generator)  # else all images have the same class
+    return colours + torch.randn(count, 3, size, size, generator=generator)

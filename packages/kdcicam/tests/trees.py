@@ -98,3 +98,20 @@ def wsolevaluation(root: Path) -> tuple[Path, Path]:
             rows = [f"{i},12,8,32,28" for i in ids] + [f"{ids[0]},0,0,5,5"]
             (folder / "localization.txt").write_text("\n".join(rows))
     return metadata, images
+
+
+def openimages(root: Path) -> tuple[Path, Path]:
+    """As `wsolevaluation`, with masks: the shape at BOX in two halves, and an ignored frame around it."""
+    metadata, images = wsolevaluation(root)
+    left, right, frame = (np.zeros((40, 48), dtype=np.uint8) for _ in range(3))
+    left[8:28, 12:22] = right[8:28, 22:32] = frame[6:30, 10:34] = 255
+    for part in ("val", "test"):
+        folder, rows = metadata / part, []
+        (folder / "image_sizes.txt").unlink()
+        for name in (folder / "image_ids.txt").read_text().split():
+            stem = name.removesuffix(".png")
+            for mask, kind in ((left, "m0"), (right, "m1"), (frame, "ignore")):
+                Image.fromarray(mask).save(images / f"{stem}_{kind}.png")
+            rows += [f"{name},{stem}_m0.png,{stem}_ignore.png", f"{name},{stem}_m1.png,"]
+        (folder / "localization.txt").write_text("\n".join(rows))
+    return metadata, images

@@ -6,9 +6,19 @@ import os
 
 import tiny
 import torch
-from training_runs import DATA, settings
+from torch import nn
+from training_runs import DATA, settings, student
 
 from kdcicam.training import train
+
+
+class _Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 def work(rank: int, folder: str, port: int) -> None:
@@ -18,5 +28,10 @@ def work(rank: int, folder: str, port: int) -> None:
     )
     model = tiny.model(3)
     trained = train(model, DATA, settings(epochs=2))
-    torch.save({"state": model.state_dict(), "history": trained.history}, f"{folder}/{rank}.pt")
+    spare = tiny.model(3)
+    spare.backbone.add_module("head", _Unused())
+    train(spare, DATA, settings(epochs=1))  # a parameter without a part in the map stops nothing
+    taught = student(epochs=2).model.state_dict()
+    made = {"state": model.state_dict(), "history": trained.history, "student": taught}
+    torch.save(made, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

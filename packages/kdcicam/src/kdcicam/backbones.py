@@ -6,7 +6,6 @@ own.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shared_core import InputError
+from shared_core import InputError, named
 from shared_core.errors import needs_extra
 
 LEAK = 0.2
@@ -292,11 +291,7 @@ def build_backbone(spec: str | nn.Module, **options: Any) -> nn.Module:
 
 
 def _called(spec: str) -> nn.Module:
-    module_name, _, name = spec.partition(":")
-    try:
-        made = getattr(importlib.import_module(module_name), name)()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot be imported: {error}", field="backbone", value=spec) from error
+    made = named.made(spec, "backbone")
     if not isinstance(made, nn.Module):
         raise InputError(f"gives {type(made).__name__}, expected a module", field="backbone", value=spec)
     return made

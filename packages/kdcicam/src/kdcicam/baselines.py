@@ -1,6 +1,8 @@
 """Other ways to a map from the same network, so that only the map differs (section 6).
 
 CAM and NL-CCAM read the context-free branch, CI-CAM the de-biased one; Grad-CAM comes from pytorch-grad-cam.
+Where labels are given, CAM and Grad-CAM show the label's class, as the field's evaluation does for GT-known
+and MaxBoxAcc (a class that is predicted right is the label's); the combinational maps are free of labels.
 """
 
 from __future__ import annotations
@@ -18,29 +20,40 @@ from shared_core import InputError
 from shared_core.errors import needs_extra
 
 MapMaker = Callable[
-    [CICAM, CICAMOutput, Tensor], tuple[Float[Tensor, "batch height width"], Float[Tensor, "batch classes"]]
+    [CICAM, CICAMOutput, Tensor, Tensor | None],
+    tuple[Float[Tensor, "batch height width"], Float[Tensor, "batch classes"]],
 ]
-"""From a model, its output and the images to maps at the images' size, and the logits that belong to them."""
+"""From a model, its output, the images and their labels (None: not known) to maps at the images' size, and
+the logits that belong to them."""
 
 
-def ci_cam(model: CICAM, out: CICAMOutput, images: Tensor) -> tuple[Tensor, Tensor]:
+def ci_cam(
+    model: CICAM, out: CICAMOutput, images: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The method's own: combinational map and class of the de-biased branch."""
     return _large(out.combined(model.combine, model.last), images), out.logits
 
 
-def nl_ccam(model: CICAM, out: CICAMOutput, images: Tensor) -> tuple[Tensor, Tensor]:
+def nl_ccam(
+    model: CICAM, out: CICAMOutput, images: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Combinational map and class of the context-free branch."""
     return _large(out.combined(model.combine, model.last, raw=True), images), out.logits_raw
 
 
-def cam(model: CICAM, out: CICAMOutput, images: Tensor) -> tuple[Tensor, Tensor]:
-    """CAM: the map of the context-free branch's top class."""
-    return _large(out.combined("cam", raw=True), images), out.logits_raw
+def cam(
+    model: CICAM, out: CICAMOutput, images: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """CAM: the map of the context-free branch's top class, or of the label."""
+    classes = out.predicted if labels is None else labels
+    return _large(functional.class_maps(out.feature_raw, out.weight, classes), images), out.logits_raw
 
 
-def grad_cam(model: CICAM, out: CICAMOutput, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Grad-CAM of the context-free branch's top class at the backbone's map."""
-    return grad_cam_maps(model, images, out.predicted), out.logits_raw
+def grad_cam(
+    model: CICAM, out: CICAMOutput, images: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Grad-CAM of the context-free branch's top class, or of the label, at the backbone's map."""
+    return grad_cam_maps(model, images, out.predicted if labels is None else labels), out.logits_raw
 
 
 BASELINES: dict[str, MapMaker] = {"ci-cam": ci_cam, "nl-ccam": nl_ccam, "cam": cam, "grad-cam": grad_cam}

@@ -85,7 +85,7 @@ def boxes_from_map(values: Array, threshold: float, mode: Extractor = "official"
     if mode not in get_args(Extractor):
         raise InputError(f"expected one of {', '.join(get_args(Extractor))}", field="mode", value=mode)
     height, width = values.shape
-    if not _shows_something(values):
+    if not _shows_something(values, mode):
         return MapBox((0, 0, width, height), False)
     if mode == "contour":
         gray = _gray(values)
@@ -108,7 +108,7 @@ def official_boxes(values: Array, thresholds: Array) -> BoxesByThreshold:
     """
     thresholds = _checked(values, thresholds)
     nothing = _nothing(values, len(thresholds))
-    if not _shows_something(values):
+    if not _shows_something(values, "official"):
         return nothing
     with needs_extra("images", "kdcicam"):
         from kdcicam.box_sweep import sweep_components
@@ -132,7 +132,7 @@ def contour_boxes(values: Array, thresholds: Array) -> ContoursByThreshold:
         thresholds: Shares of the maximum, in any order.
     """
     thresholds = _checked(values, thresholds)
-    if not _shows_something(values):
+    if not _shows_something(values, "contour"):
         empty = np.empty((0, 4), dtype=np.int64)
         nothing = _nothing(values, len(thresholds))
         cut_of = np.zeros(len(thresholds), dtype=np.int64)
@@ -208,8 +208,10 @@ def _gray(values: Array) -> Array:
     return ((exact - low) / (exact.max() - low) * 255).astype(np.uint8)
 
 
-def _shows_something(values: Array) -> bool:
-    return bool(np.isfinite(values).all() and values.max() > max(values.min(), 0))
+def _shows_something(values: Array, mode: Extractor) -> bool:
+    """Whether the map is finite and not the same all over; for the official cut, with a maximum above 0."""
+    least = max(values.min(), 0) if mode == "official" else values.min()
+    return bool(np.isfinite(values).all() and values.max() > least)
 
 
 def _nothing(values: Array, count: int) -> BoxesByThreshold:

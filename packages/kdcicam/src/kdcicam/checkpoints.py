@@ -14,6 +14,8 @@ from shared_core import InputError, checkpoints
 from shared_core.files import atomic_path, write_json
 
 MODEL, CONFIG = "model.safetensors", "config.json"
+POOLS = ("pool.safetensors", "pool.pt")
+"""Files beside weights that lack the pool, in which it is looked for."""
 FORMAT = "1"
 KIND = "kdcicam 2"
 PARTS = ("model", "optimizer")
@@ -61,10 +63,11 @@ def load_model(path: Path, backbone: nn.Module | None = None, pool: Path | None 
     Args:
         path: The folder, or weights in it (.safetensors; .pt, read with weights_only) beside config.json.
         backbone: Where the model was made with a module of one's own.
-        pool: A file with the pool alone, for weights without one: the authors keep it beside them.
+        pool: A file with the pool alone, for weights without one: the authors keep it beside them. Where
+            None, such weights get it from ``pool.safetensors`` or ``pool.pt`` in the folder.
 
     Raises:
-        InputError: A file is missing or damaged, or lacks the pool.
+        InputError: A file is missing or damaged, or there is no pool.
     """
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
@@ -79,20 +82,14 @@ def load_model(path: Path, backbone: nn.Module | None = None, pool: Path | None 
         raise InputError(f"does not describe a model: {error}", file=folder / CONFIG) from error
     file = folder / MODEL if path.is_dir() else path
     state = checkpoints.read_tensors(file)
+    if pool is None and "pool" not in state:
+        pool = _pool_beside(file)
     if pool is not None:
         state = {**state, "pool": read_pool(pool)}
-    if "pool" not in state:
-        beside = sorted(entry.name for entry in folder.glob("mask_train_*"))
-        found = f" ({beside[0]} beside it looks like the pool of the authors' code)" if beside else ""
-        raise InputError(
-            f"has no context pool{found}: give it with --pool FILE (pool=), "
-            "a .safetensors or a tensor of torch.save",
-            file=file,
-        )
     if state["pool"].shape != model.pool.shape:
         raise InputError(
             f"expected the pool {tuple(model.pool.shape)}",
-            file=file,
+            file=pool or file,
             field="pool",
             value=tuple(state["pool"].shape),
         )
@@ -101,6 +98,19 @@ def load_model(path: Path, backbone: nn.Module | None = None, pool: Path | None 
     except RuntimeError as error:
         raise InputError(f"does not fit {CONFIG}: {error}", file=file) from error
     return model.eval()
+
+
+def _pool_beside(file: Path) -> Path:
+    for name in POOLS:
+        if (file.parent / name).is_file():
+            return file.parent / name
+    theirs = sorted(entry.name for entry in file.parent.glob("mask_train_*"))
+    found = f" ({theirs[0]} beside it looks like the pool of the authors' code)" if theirs else ""
+    raise InputError(
+        f"has no context pool{found}: put it beside the weights as {' or '.join(POOLS)} (one tensor; .pt: of "
+        "torch.save), or name its file, with --pool of eval and localize or pool= of load_model",
+        file=file,
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcicam.settings import PRESETS, TEACHER_ROLES, Settings, parsed, settings_from
+from kdcicam.settings import PRESETS, TEACHER_ROLES, Settings, map_of, parsed, settings_from
 from shared_core import InputError, command, files
 from shared_core.command import (
     Device,
@@ -40,11 +40,11 @@ def main() -> None:
 
 def _threshold(value: str) -> str:
     try:
-        fits = value in ("validation", "oracle") or 0 <= float(value) < 0.8
+        fits = value in ("validation", "oracle") or 0 <= float(value) < 1
     except ValueError:
         fits = False
     if not fits:
-        raise typer.BadParameter(f"expected validation, oracle or a share from 0 to 0.79, got {value!r}")
+        raise typer.BadParameter(f"expected validation, oracle or a share from 0 to below 1, got {value!r}")
     return value
 
 
@@ -60,6 +60,14 @@ Data = Annotated[
 ImagesOption = Annotated[
     Path | None, typer.Option("--images", help="wsolevaluation: the folder of the images.", file_okay=False)
 ]
+MasksOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--masks",
+        help="OpenImages: the folder of the masks, where it is not that of the images.",
+        file_okay=False,
+    ),
+]
 Recipe = Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.", callback=one_of(*PRESETS))]
 Backbone = Annotated[
     str | None, typer.Option(help="vgg16, vgg16-imagenet, inception_v3, a timm name, or module:callable.")
@@ -68,7 +76,9 @@ Weights = Annotated[Path | None, typer.Option(help="The backbone's ImageNet weig
 Epochs = Annotated[int | None, typer.Option(min=1)]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes together.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate of the classifier.")]
-ImageSize = Annotated[int | None, typer.Option(min=8, help="Side of the images.")]
+ImageSize = Annotated[
+    int | None, typer.Option(min=8, help="Side of the images; else 299 for inception_v3, 224 for others.")
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE of any other setting; may be repeated.")
@@ -228,6 +238,7 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a trained model.", exists=True)],
     data: Data,
     images: ImagesOption = None,
+    masks: MasksOption = None,
     protocol: ProtocolOption = "full",
     thr: ThresholdOption = "validation",
     resize: Resize = None,
@@ -239,10 +250,13 @@ def evaluate(
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """Classification and localization on the test images, beside boxes that need no model."""
+    """Classification and localization on the test images, beside boxes that need no model.
+
+    The map is the one that the model's role was trained for; compare reads others too.
+    """
     rows = _evaluated(
-        {str(model): (model, ("ci-cam",))},
-        data, images, protocol, thr, resize, validation, batch_size, contours,
+        {str(model): (model, None)},
+        data, images, masks, protocol, thr, resize, validation, batch_size, contours,
         on_error, device, pool,
     )  # fmt: skip
     _show(rows, json)
@@ -256,6 +270,7 @@ def compare(
         str, typer.Option(help="Maps to read from each model, of ci-cam, nl-ccam, cam, grad-cam.")
     ] = "ci-cam,nl-ccam,cam,grad-cam",
     images: ImagesOption = None,
+    masks: MasksOption = None,
     protocol: ProtocolOption = "full",
     thr: ThresholdOption = "validation",
     resize: Resize = None,
@@ -268,17 +283,19 @@ def compare(
 ) -> None:
     """A table of models and of ways to read a map from each, all boxed by the same extractor."""
     kinds = tuple(name.strip() for name in methods.split(","))
-    asked = {str(path): (path, kinds) for path in models}
     rows = _evaluated(
-        asked, data, images, protocol, thr, resize, validation, batch_size, contours, on_error, device, None
-    )
+        {str(path): (path, kinds) for path in models},
+        data, images, masks, protocol, thr, resize, validation, batch_size, contours,
+        on_error, device, None,
+    )  # fmt: skip
     _show(rows, json)
 
 
 def _evaluated(
-    models: dict[str, tuple[Path, tuple[str, ...]]],
+    models: dict[str, tuple[Path, tuple[str, ...] | None]],
     data: Path,
     images: Path | None,
+    masks: Path | None,
     protocol: str,
     thr: str,
     resize: int | None,
@@ -294,7 +311,7 @@ def _evaluated(
         from kdcicam.data import load_images
         from kdcicam.evaluation import evaluate as run
 
-        test = load_images(data, "test", images=images)
+        test = load_images(data, "test", images=images, masks=masks)
         which: Any = protocol  # both are checked by their options
         chosen: Any = thr if thr in ("validation", "oracle") else float(thr)
         rows = []
@@ -304,10 +321,10 @@ def _evaluated(
                 raise InputError(f"knows {loaded.num_classes} classes", file=path, value=len(test.classes))
             notes = read_config(path if path.is_dir() else path.parent)["notes"]
             role, held = notes.get("role", ""), None
-            if thr == "validation":
+            if thr == "validation" and test.boxed:
                 # What the model was not trained on: a threshold of its own training images would flatter it.
                 share = notes.get("validation", 0.1) if validation is None else validation
-                held = load_images(data, "val", images=images, validation=share)
+                held = load_images(data, "val", images=images, validation=share, masks=masks)
             total = len(test) + (0 if held is None else len(held))
             with progress_bar(f"evaluating {path.name}", total) as bar:
                 done = _Counter(bar)
@@ -317,7 +334,7 @@ def _evaluated(
                     held,
                     protocol=which,
                     threshold=chosen,
-                    methods=methods,
+                    methods=(map_of(role),) if methods is None else methods,
                     resize=resize,
                     batch_size=batch_size,
                     device=command.usable_device(device),
@@ -327,7 +344,7 @@ def _evaluated(
                 )
             for method, result in found.items():
                 about = {"model": name, "role": role, "map": method, "unreadable": result.skipped}
-                rows.append({**about, **result.scores})
+                rows.append({**about, "protocol": protocol, **result.scores})
         return rows
 
 
@@ -342,7 +359,7 @@ class _Counter:
 
 _COLUMNS = {
     "top1_cls": "top-1 cls", "top1_loc": "top-1 loc", "top5_loc": "top-5 loc", "gt_known": "GT-known",
-    "max_box_acc": "MaxBoxAcc", "max_box_acc_v2": "MaxBoxAccV2",
+    "max_box_acc": "MaxBoxAcc", "max_box_acc_v2": "MaxBoxAccV2", "pxap": "PxAP",
 }  # fmt: skip
 
 
@@ -350,20 +367,22 @@ def _show(rows: list[dict[str, Any]], json: Path | None) -> None:
     from rich.table import Table
 
     first = rows[0]
-    table = Table(
-        title=f"{first['protocol']} protocol, {first['images']} images, {first['unboxed']} without box"
-    )
-    for heading in ("model", "map", *_COLUMNS.values(), "threshold"):
+    lacking = (
+        f", {first['unboxed']} without box" if "threshold" in first else ""
+    )  # else they have masks alone
+    table = Table(title=f"{first['protocol']} protocol, {first['images']} images{lacking}")
+    columns = [key for key in _COLUMNS if key in first]
+    for heading in ("model", "map", *(_COLUMNS[key] for key in columns), "threshold"):
         table.add_column(heading)
     for row in rows:
-        cells = [_percent(row.get(key)) for key in _COLUMNS]
-        source = " (oracle)" if "oracle" in row["threshold_from"] else ""
-        table.add_row(
-            f"{row['model']} ({row['role']})", row["map"], *cells, f"{row['threshold']:.2f}{source}"
-        )
+        cells = [_percent(row[key]) for key in columns]
+        source = " (oracle)" if "oracle" in row.get("threshold_from", "") else ""
+        threshold = f"{row['threshold']:.2f}{source}" if "threshold" in row else ""  # masks need none
+        table.add_row(f"{row['model']} ({row['role']})", row["map"], *cells, threshold)
     for key, name in (("whole_crop", "whole crop"), ("center_box", "centre box")):
-        fixed = [_percent(first[key].get(column)) for column in _COLUMNS]
-        table.add_row(f"{name}, class of the first row", "no map", *fixed, "")
+        if key in first:
+            fixed = [_percent(first[key].get(column)) for column in columns]
+            table.add_row(f"{name}, class of the first row", "no map", *fixed, "")
     command.print_table(table)
     for row in rows:
         if row["unreadable"] or row["no_map"]:

@@ -1,12 +1,13 @@
 """Data sets on disk: CUB-200-2011, ILSVRC, wsolevaluation metadata, class folders with COCO boxes.
 
-All are read into one shape, `Images`: files, labels and boxes. Nothing is downloaded.
+All are read into one shape, `Images`: files, labels, boxes or masks. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,6 +25,16 @@ _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
+class MaskFiles:
+    """Where an image's pixels are marked; `kdcicam.masks.read_mask` reads them."""
+
+    objects: tuple[Path, ...]
+    """One or several, which are united."""
+    ignore: Path | None = None
+    """Pixels that do not count, save those of an object."""
+
+
+@dataclass(frozen=True)
 class Images:
     """One split of a data set.
 
@@ -36,6 +47,8 @@ class Images:
     files: list[Path]
     labels: list[int]
     boxes: list[Array]
+    masks: list[MaskFiles | None] = field(default_factory=list)
+    """One for each image, None where it has none; empty where the data set has no masks."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -52,10 +65,18 @@ class Images:
             files=[self.files[i] for i in indices],
             labels=[self.labels[i] for i in indices],
             boxes=[self.boxes[i] for i in indices],
+            masks=[self.masks[i] for i in indices] if self.masks else [],
         )
 
 
-def load_images(root: Path, split: str, *, images: Path | None = None, validation: float = 0.1) -> Images:
+def load_images(
+    root: Path,
+    split: str,
+    *,
+    images: Path | None = None,
+    validation: float = 0.1,
+    masks: Path | None = None,
+) -> Images:
     """Read a split of a data set whose layout is found by its files.
 
     Args:
@@ -66,6 +87,7 @@ def load_images(root: Path, split: str, *, images: Path | None = None, validatio
         images: For wsolevaluation: the folder that image ids are paths in.
         validation: Share of the training images, every n-th, that ``val`` takes out of ``train`` where the
             data set has no such split of its own. 0 leaves ``val`` empty.
+        masks: For wsolevaluation's OpenImages: the folder that masks are paths in; `images` where None.
 
     Raises:
         InputError: A file is missing, or a line or a box in one is wrong: the error names it.
@@ -82,7 +104,7 @@ def load_images(root: Path, split: str, *, images: Path | None = None, validatio
     if (root / "Data" / "CLS-LOC").is_dir():
         return _ilsvrc(root, split, validation)
     if any((root / part / "image_ids.txt").exists() for part in SPLITS):
-        return _wsolevaluation(root, split, images)
+        return _wsolevaluation(root, split, images, masks or images)
     if any((root / part).is_dir() for part in SPLITS):
         return _folders(root, split, validation)
     raise InputError(
@@ -251,30 +273,25 @@ def _voc(path: Path) -> tuple[str, Array]:
     return wnid, check_boxes(np.array(boxes), *map(float, limit), name=str(path), slack=2)
 
 
-def _wsolevaluation(root: Path, split: str, images: Path | None) -> Images:
-    """Read metadata/NAME of wsolevaluation; its val has boxes (train-fullsup)."""
-    if images is None:
+def _wsolevaluation(root: Path, split: str, images: Path | None, masks: Path | None) -> Images:
+    """Read metadata/NAME of wsolevaluation; its val has boxes or masks (train-fullsup)."""
+    if images is None or masks is None:
         raise InputError("which folder are the image ids paths in? (the images option)", file=root)
     folder = root / split
     names = [row[0] for row in _rows(folder / "image_ids.txt", None, 1)]
     labels = dict(_rows(folder / "class_labels.txt", ",", 2))
     _matching(names, labels, folder / "image_ids.txt", folder / "class_labels.txt")
-    boxes: dict[str, list[list[float]]] = {}
-    sizes: dict[str, list[float]] = {}
-    if (folder / "localization.txt").exists() or split != "train":
-        path = folder / "localization.txt"
-        for name, *sides in _rows(path, ",", 5):
-            boxes.setdefault(name, []).append(_numbers(sides, path))
-        stray = next((name for name in boxes if name not in labels), None)
+    path = folder / "localization.txt"
+    boxes: dict[str, Array] = {}
+    marked: dict[str, MaskFiles] = {}
+    if path.exists() or split != "train":
+        if _rows(path, None, 1)[0][0].count(",") == 2:
+            marked = _listed_masks(path, masks)
+        else:
+            boxes = _listed_boxes(path, names)
+        stray = next((name for name in (*boxes, *marked) if name not in labels), None)
         if stray is not None:
             raise InputError(f"has image ids that image_ids.txt lacks, such as {stray}", file=path)
-        if (folder / "image_sizes.txt").exists():
-            rows = _rows(folder / "image_sizes.txt", ",", 3)
-            sizes = {name: _numbers(pair, folder / "image_sizes.txt") for name, *pair in rows}
-            _matching(names, sizes, folder / "image_ids.txt", folder / "image_sizes.txt")
-        for name, sides in boxes.items():
-            width, height = sizes.get(name, [np.inf, np.inf])
-            check_boxes(np.array(sides), width, height, name=f"{path}: {name}")
     numbers = [int(labels[name]) if labels[name].isdigit() else -1 for name in names]
     if min(numbers) < 0:
         bad = names[numbers.index(-1)]
@@ -288,8 +305,45 @@ def _wsolevaluation(root: Path, split: str, images: Path | None) -> Images:
         classes,
         [images / name for name in names],
         numbers,
-        [np.array(boxes[name]) if name in boxes else _NO_BOX for name in names],
+        [boxes.get(name, _NO_BOX) for name in names],
+        [marked.get(name) for name in names] if marked else [],
     )
+
+
+def _listed_boxes(path: Path, names: list[str]) -> dict[str, Array]:
+    """Rows id,x0,y0,x1,y1, one or several an image."""
+    found: dict[str, list[list[float]]] = {}
+    for name, *sides in _rows(path, ",", 5):
+        found.setdefault(name, []).append(_numbers(sides, path))
+    listed: dict[str, list[float]] = {}
+    sizes = path.with_name("image_sizes.txt")
+    if sizes.exists():
+        listed = {name: _numbers(pair, sizes) for name, *pair in _rows(sizes, ",", 3)}
+        _matching(names, listed, path.with_name("image_ids.txt"), sizes)
+    made = {}
+    for name, sides in found.items():
+        width, height = listed.get(name, [np.inf, np.inf])
+        made[name] = check_boxes(np.array(sides), width, height, name=f"{path}: {name}")
+    return made
+
+
+def _listed_masks(path: Path, root: Path) -> dict[str, MaskFiles]:
+    """Rows id,mask,ignore mask of OpenImages; the ignore mask stands in one of an image's rows, or none."""
+    found: dict[str, MaskFiles] = {}
+    missing: list[Path] = []
+    for name, mask, ignore in _rows(path, ",", 3):
+        before = found.get(name, MaskFiles(()))
+        if ignore and before.ignore is not None:
+            raise InputError(f"names two ignore masks of {name}", file=path, value=ignore)
+        found[name] = MaskFiles((*before.objects, root / mask), root / ignore if ignore else before.ignore)
+        missing += [root / part for part in (mask, ignore) if part and not (root / part).is_file()]
+    if missing:
+        raise InputError(
+            f"names {len(missing)} masks that are not there, such as {missing[0]}: which folder are masks "
+            "paths in? (the masks option)",
+            file=path,
+        )
+    return found
 
 
 def _folders(root: Path, split: str, validation: float) -> Images:
@@ -330,17 +384,35 @@ def _class_folders(root: Path, part: str) -> Images:
     boxes = [_NO_BOX for _ in files]
     if notes is not None:
         known = coco_boxes(notes)
+        of_all = notes == root / "boxes.json"
+        parts = [other for other in SPLITS if (root / other).is_dir()] if of_all else [part]
+        answering = Counter(
+            key for other in parts for file in _files(root / other) for key in _names(file, root / other)
+        )
         used = set()
         for index, file in enumerate(files):
-            for key in (file.relative_to(folder).as_posix(), file.relative_to(root).as_posix(), file.name):
-                if key in known:
-                    boxes[index] = known[key]
-                    used.add(key)
-                    break
+            key = next((key for key in _names(file, folder) if key in known), None)
+            if key is None:
+                continue
+            if answering[key] > 1:
+                whole = file.relative_to(root if of_all else folder).as_posix()
+                raise InputError(
+                    f"{answering[key]} images have this file_name: expected it relative to "
+                    f"{root if of_all else folder}, as {whole}",
+                    file=notes,
+                    value=key,
+                )
+            boxes[index] = known[key]
+            used.add(key)
         stray = sorted(set(known) - used)
-        if stray and notes.parent == root and notes.name != "boxes.json":
+        if stray and notes.parent == root and not of_all:
             raise InputError(f"names {len(stray)} images that {folder} lacks, such as {stray[0]}", file=notes)
     return Images(root.name, part, classes, files, labels, boxes)
+
+
+def _names(file: Path, folder: Path) -> tuple[str, ...]:
+    """What COCO's file_name may be for a file of a split's folder, the most exact first."""
+    return file.relative_to(folder.parent).as_posix(), file.relative_to(folder).as_posix(), file.name
 
 
 def coco_boxes(path: Path) -> dict[str, Array]:
@@ -353,6 +425,15 @@ def coco_boxes(path: Path) -> dict[str, Array]:
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         images = {entry["id"]: entry for entry in whole["images"]}
+        for key in ("id", "file_name"):
+            twice = [value for value, n in Counter(entry[key] for entry in whole["images"]).items() if n > 1]
+            if twice:
+                raise InputError(
+                    f"expected each once, found {len(twice)} more than once",
+                    file=path,
+                    field=key,
+                    value=twice[0],
+                )
         found: dict[str, list[list[float]]] = {entry["file_name"]: [] for entry in images.values()}
         for note in whole["annotations"]:
             if note["image_id"] not in images:

@@ -163,7 +163,8 @@ def for_evaluation(
 
     ``full``: the whole image is resized to size x size; corners of boxes are cut to whole pixels as the
     field's evaluation does. ``center_crop`` (the authors'): resized to resize x resize, the middle is
-    cropped, and boxes are clipped to the crop. A box that lies outside the crop altogether is left out.
+    cropped, and boxes are clipped to the crop. A box outside the crop is left out where
+    another one is inside; where none is, they stay as empty ones at its edge, which no map can hit.
 
     Args:
         image: RGB.
@@ -189,7 +190,8 @@ def for_evaluation(
         image = TF.center_crop(TF.resize(image, [side, side], antialias=True), [size, size])
         edge = round((side - size) / 2)
         boxes = clip_boxes(scale_boxes(boxes, before, (side, side)) - edge, size, size)
-        boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+        inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        boxes = boxes[inside] if inside.any() else boxes
     pixels = TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True)
     return TF.normalize(pixels, list(MEAN), list(STD)), boxes
 

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kdcicam.annotations import scale_boxes
+from kdcicam.baselines import BASELINES
+from kdcicam.boxes import boxes_from_map
 from kdcicam.checkpoints import read_config
 from kdcicam.images import for_evaluation, readable
 from kdcicam.model import CICAM
 from kdcicam.overlays import overlay
+from kdcicam.settings import map_of
 from shared_core import InputError
 from shared_core.files import atomic_path
 
@@ -54,7 +58,7 @@ def localized(
 
     Args:
         model: Moved to the device.
-        folder: Of the model, for the names of the classes.
+        folder: Of the model, for the names of the classes and the role, which says what map is boxed.
         images: To read.
         out: Where overlays go, as NUMBER-NAME.png; None for none.
         threshold: Of the extractor.
@@ -66,22 +70,28 @@ def localized(
     model.eval().to(device)
     config = read_config(folder if folder.is_dir() else folder.parent)
     names = config["notes"].get("classes") or [str(k) for k in range(model.num_classes)]
+    map_maker = BASELINES[map_of(config["notes"].get("role", ""))]
     for number, image in readable(images, skip):
         path = images[number]
         if isinstance(image, InputError):
             yield {"file": str(path), "error": str(image)}
             continue
         tensor, _ = for_evaluation(image, np.empty((0, 4)), "full", model.image_size)
-        found = model.localize(tensor[None].to(device), threshold, topk, mode=mode)
+        batch = tensor[None].to(device)
+        with torch.no_grad():
+            maps, logits = map_maker(model, model(batch), batch, None)
+        values = maps[0].cpu().numpy()
+        found = boxes_from_map(values, threshold, mode)  # type: ignore[arg-type] checked by its option
         side = (model.image_size, model.image_size)
-        box = scale_boxes(found.boxes.numpy(), side, image.size)[0]
+        box = scale_boxes(np.array([found.box]), side, image.size)[0]
         if out is not None:
-            drawn = overlay(image, found.maps[0].cpu().numpy(), [box] if bool(found.found[0]) else [])
+            drawn = overlay(image, values, [box] if found.found else [])
             with atomic_path(out / f"{number:05d}-{path.stem}.png") as temporary:
                 drawn.save(temporary)
+        scores, top = logits[0].float().softmax(0).topk(min(topk, model.num_classes))
         classes = [
             {"class": names[k], "score": score}
-            for k, score in zip(found.classes[0].tolist(), found.scores[0].tolist(), strict=True)
+            for k, score in zip(top.tolist(), scores.tolist(), strict=True)
         ]
         yield {
             "file": str(path),
@@ -89,5 +99,5 @@ def localized(
             "height": image.height,
             "classes": classes,
             "box": box.round(2).tolist(),
-            "found": bool(found.found[0]),
+            "found": found.found,
         }

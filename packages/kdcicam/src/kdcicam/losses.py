@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -115,6 +116,7 @@ class TwoTeacherLoss:
         flags: Int[Tensor, " batch"],
         cls_out: CICAMOutput | None = None,
         loc_out: CICAMOutput | None = None,
+        shares: tuple[float, float] = (1.0, 1.0),
     ) -> dict[str, Tensor]:
         """Return the terms and their sum.
 
@@ -124,6 +126,8 @@ class TwoTeacherLoss:
             flags: 0, 1 or 2 for each image.
             cls_out: The classification teacher's output for the images of flag 1 only, in their order.
             loc_out: The localization teacher's output for the images of flag 2 only, in their order.
+            shares: Factors of the two teachers' terms in the sum: in several processes, whose gradients are
+                averaged, those of `flag_shares`.
 
         Returns:
             ``loss``, ``ce``, and where their images are in the batch ``cls`` and ``loc``.
@@ -140,14 +144,29 @@ class TwoTeacherLoss:
             logits = student.logits[chosen]
             _same_shape(cls_out.logits, logits, "cls_out")
             terms["cls"] = distillation(logits, cls_out.logits, self.T_cls, self.kl, self.t_squared)
-            loss = loss + self.alpha * terms["cls"]
+            loss = loss + self.alpha * shares[0] * terms["cls"]
         if loc_out is not None and (chosen := flags == LOC_TEACHER).any():
             _same_shape(loc_out.feature[:, 0], student.feature[chosen, 0], "loc_out")
             _same_shape(loc_out.logits, student.logits[chosen], "loc_out")
             maps = functional.class_maps(student.feature[chosen], student.weight)
             terms["loc"] = map_distance(maps, loc_out.cam, self.T_loc)
-            loss = loss + self.alpha * self.beta * terms["loc"]
+            loss = loss + self.alpha * self.beta * shares[1] * terms["loc"]
         return {"loss": loss, **terms}
+
+
+def flag_shares(flags: Int[Tensor, " batch"]) -> tuple[float, float]:
+    """How much more than an even share of the teachers' images this process has; 1 and 1 in a single one.
+
+    A term is a mean over the images of its flag. Processes have unlike numbers of them, so the mean of their
+    means is not that over the whole batch; with these factors it is.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return 1.0, 1.0
+    own = torch.stack([(flags == flag).sum() for flag in (CLS_TEACHER, LOC_TEACHER)]).float()
+    total = own.clone()
+    dist.all_reduce(total)
+    cls, loc = (own * dist.get_world_size() / total.clamp(min=1)).tolist()
+    return cls, loc
 
 
 def _same_shape(theirs: Tensor, ours: Tensor, name: str) -> None:

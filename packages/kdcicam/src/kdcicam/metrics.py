@@ -130,9 +130,10 @@ class WSOLEvaluator:
 
         Returns:
             ``top1_cls, top5_cls, top1_loc, top5_loc, gt_known`` at the threshold; ``max_box_acc`` (delta 0.5,
-            the largest contour, one tau for all images), ``max_box_acc_v2`` (mean over deltas, any contour)
-            with ``by_delta`` and ``curves``; the ``whole_crop`` and ``center_box`` baselines; counts of
-            ``images``, ``unboxed`` ones and ones with ``no_map``.
+            or the nearest that was asked for; the largest contour, one tau for all images),
+            ``max_box_acc_v2`` (mean over deltas, any contour) with ``by_delta`` and ``curves``; the
+            ``whole_crop`` and ``center_box`` baselines; counts of ``images``, ``unboxed`` ones and ones with
+            ``no_map``.
         """
         if self.images == 0:
             raise InputError("no image was evaluated", field="images")

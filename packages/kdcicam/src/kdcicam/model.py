@@ -15,6 +15,7 @@ from kdcicam import functional
 from kdcicam.backbones import build_backbone, default_image_size
 from kdcicam.functional import LAST_RANKS, Combination
 from shared_core import InputError
+from shared_core.named import in_one_line
 
 
 @dataclass(frozen=True)
@@ -285,9 +286,11 @@ def _map_shape(backbone: nn.Module, image_size: int) -> tuple[int, tuple[int, in
     try:
         sample = torch.zeros(1, 3, image_size, image_size, device=first.device, dtype=first.dtype)
         feature = backbone.eval()(sample)
-    except RuntimeError as error:
+    except InputError:
+        raise
+    except (RuntimeError, AssertionError, AttributeError, ValueError) as error:  # of the user's, or timm's
         raise InputError(
-            f"fails on an image of {image_size}x{image_size}: {error}", field="backbone"
+            f"gives no map of an image of {image_size}x{image_size}: {in_one_line(error)}", field="backbone"
         ) from error
     finally:
         backbone.train(training)

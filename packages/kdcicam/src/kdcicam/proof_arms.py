@@ -245,7 +245,7 @@ def maps_of(model: CICAM, kind: str, images: Images) -> Array:
         files = images.files[start : start + _BATCH]
         batch = torch.stack([for_evaluation(read_image(f), np.empty((0, 4)), "full", SIZE)[0] for f in files])
         with torch.no_grad():
-            made.append(BASELINES[kind](model, model(batch), batch)[0].numpy())
+            made.append(BASELINES[kind](model, model(batch), batch, None)[0].numpy())
     return np.concatenate(made)
 
 

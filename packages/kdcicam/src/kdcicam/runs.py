@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kdcicam.backbones import default_image_size
 from kdcicam.checkpoints import load_model, read_checkpoint, save_model
 from kdcicam.data import Images, load_images
 from kdcicam.flagged import FlaggedImages
@@ -51,6 +52,7 @@ class TrainingRun:
         Raises:
             InputError: The data or the settings do not fit, before any training.
         """
+        settings = replace(settings, image_size=image_size(settings))
         images, skipped = training_images(settings)
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, settings, images.classes, skipped)
@@ -145,21 +147,32 @@ def training_images(settings: Settings) -> tuple[Images, int]:
     return images.take(whole), len(images) - len(whole)
 
 
+def image_size(settings: Settings) -> int:
+    """Side of the images: what was asked for, or else the backbone's own."""
+    return settings.image_size or default_image_size(settings.backbone)
+
+
 def flagged(settings: Settings, images: Images, *, keep: bool = False) -> FlaggedImages:
     """Training images with the augmentation and lottery of the settings; `keep` as for `FlaggedImages`."""
-    first = Augmentation.parse(settings.augmentation)
+    first, side = Augmentation.parse(settings.augmentation), image_size(settings)
     if settings.role != "student":
-        return FlaggedImages(images, settings.image_size, {0: first}, (0,), settings.seed, keep=keep)
+        return FlaggedImages(images, side, {0: first}, (0,), settings.seed, keep=keep)
     by_flag = {
         0: first,
         1: Augmentation.parse(settings.augmentation_cls),
         2: Augmentation.parse(settings.augmentation_loc),
     }
-    return FlaggedImages(images, settings.image_size, by_flag, settings.flags, settings.seed, keep=keep)
+    return FlaggedImages(images, side, by_flag, settings.flags, settings.seed, keep=keep)
 
 
 def build_model(settings: Settings, classes: int, weights: bool = True) -> CICAM:
-    """The model before training: by the seed, with the backbone's weights where the settings name them."""
+    """The model before training: by the seed, with the backbone's weights where the settings name them.
+
+    Raises:
+        InputError: The settings do not fit the backbone or the number of classes.
+    """
+    if settings.last is not None and settings.last > classes:
+        raise InputError(f"expected 1 to the {classes} classes", field="last", value=settings.last)
     options: dict[str, Any] = {}
     named = settings.backbone in ("vgg16", "vgg16-imagenet", "inception_v3")
     if named and settings.role == "cam":
@@ -175,10 +188,10 @@ def build_model(settings: Settings, classes: int, weights: bool = True) -> CICAM
         model = CICAM(
             settings.backbone,
             classes,
-            image_size=settings.image_size,
+            image_size=image_size(settings),
             update_rate=settings.update_rate,
             combine=settings.combine,  # type: ignore[arg-type] checked by Settings
-            last=min(settings.last, classes),
+            last=settings.last,
             context=settings.role not in ("nl-ccam", "cam"),
             **options,
         )
@@ -234,7 +247,8 @@ def resumed(settings: Settings, folder: Path) -> TrainingRun:
     run = TrainingRun.open(folder)
     free = {"workers": settings.workers, "checkpoint_every": settings.checkpoint_every}
     kept = replace(run.settings, **free)
-    for name, value in asdict(settings).items():
+    asked = replace(settings, image_size=image_size(settings))
+    for name, value in asdict(asked).items():
         if value != getattr(kept, name):
             raise InputError(
                 f"is another run: expected {getattr(kept, name)}, as it began with",

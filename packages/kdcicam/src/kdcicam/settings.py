@@ -28,9 +28,11 @@ class Settings:
     """Safetensors or .pth with the backbone's ImageNet weights."""
     pretrained: bool = False
     """timm backbones: fetch published weights."""
-    image_size: int = 224
+    image_size: int | None = None
+    """The backbone's own where None: 299 for inception_v3, 224 else."""
     combine: str = "quadratic"
-    last: int = 20
+    last: int | None = None
+    """Classes at the end of the ranking that ``sum_1`` and ``mean`` take; 20, or all where they are fewer."""
     update_rate: float = 0.01
     cls_teacher: str | None = None
     loc_teacher: str | None = None
@@ -43,6 +45,7 @@ class Settings:
     flags: tuple[int, ...] = (0, 1, 2)
     """From which each image draws: 0 label only, 1 classification teacher, 2 localization teacher."""
     auxiliary: str = "none"
+    """Of ``cls`` and ``loc`` alone."""
     eta: float = 1.0
     area: float = 0.0
     area_mode: int = 2
@@ -88,13 +91,20 @@ class Settings:
                     f"expected one of {', '.join(map(str, values))}", field=name, value=getattr(self, name)
                 )
         for name in ("epochs", "batch_size", "decay_every", "checkpoint_every", "image_size", "last"):
-            if getattr(self, name) < 1:
-                raise InputError("expected at least 1", field=name, value=getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError("expected at least 1", field=name, value=value)
         for name in ("lr", "lr_ratio", "update_rate", "temperature_cls", "temperature_loc"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError("expected a number above 0", field=name, value=getattr(self, name))
         if not 0 <= self.alpha <= 1:
             raise InputError("expected 0 to 1", field="alpha", value=self.alpha)
+        if self.auxiliary != "none" and self.role not in OWN_TEACHERS:
+            raise InputError(
+                f"is for the roles {' and '.join(OWN_TEACHERS)}: {self.role} has no auxiliary loss",
+                field="auxiliary",
+                value=self.auxiliary,
+            )
         if not self.flags or not set(self.flags) <= {0, 1, 2}:
             raise InputError("expected some of 0, 1, 2", field="flags", value=self.flags)
 
@@ -104,6 +114,15 @@ class Settings:
         if self.poly:
             rate *= (1 - epoch / self.epochs) ** self.poly
         return 0.1 * rate if self.drop_epoch is not None and epoch >= self.drop_epoch else rate
+
+
+def map_of(role: str) -> str:
+    """The map that a model of this role was trained for, of `kdcicam.baselines.BASELINES`.
+
+    >>> map_of("cam"), map_of("nl-ccam"), map_of("student")
+    ('cam', 'nl-ccam', 'ci-cam')
+    """
+    return role if role in ("cam", "nl-ccam") else "ci-cam"
 
 
 _VGG = {"backbone": "vgg16", "lr": 5e-4, "lr_ratio": 0.1, "batch_size": 6, "epochs": 100}

@@ -19,11 +19,12 @@ from kdcicam.checkpoints import (
     write_checkpoint,
 )
 from kdcicam.flagged import Batch, EpochBatches, collate, derived_seed
-from kdcicam.losses import ClassifierLoss, Teachers, TwoTeacherLoss
+from kdcicam.losses import ClassifierLoss, Teachers, TwoTeacherLoss, flag_shares
 from kdcicam.model import CICAM, CICAMOutput
 from kdcicam.settings import Settings
 from shared_core import InputError
 from shared_core.checkpoints import check_same_run, optimizer_tensors, restore_optimizer
+from shared_core.command import accelerate_device
 from shared_core.errors import needs_extra
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -81,7 +82,7 @@ class TrainingStep(nn.Module):
         """Return the loss's terms and the model's output."""
         out = self.model(images)
         if isinstance(self.loss, TwoTeacherLoss):
-            return self.loss(out, labels, flags, cls_out, loc_out), out
+            return self.loss(out, labels, flags, cls_out, loc_out, flag_shares(flags)), out
         return self.loss(self.model, out, images, labels), out
 
 
@@ -99,7 +100,7 @@ def loss_for(settings: Settings, teachers: Teachers | None = None) -> Classifier
         )
     plain = settings.role in ("nl-ccam", "cam")
     return ClassifierLoss(
-        "none" if plain or settings.role == "ci-cam" else settings.auxiliary,  # type: ignore[arg-type]
+        settings.auxiliary,  # type: ignore[arg-type]
         settings.eta,
         settings.area,
         settings.area_mode,  # type: ignore[arg-type]
@@ -148,9 +149,9 @@ def train(
         teachers: Of a student; moved to the device.
         folder: Where checkpoints go; None for none.
         resume: Go on from the folder's checkpoint, where there is one: on CPU to the same bits.
-        device: ``cpu``, or else what accelerate finds.
+        device: ``cpu``; ``cuda:1`` and the like in a single process; else what accelerate finds.
         progress: Called after each step with the steps done and the loss.
-        record: Called with each epoch's record.
+        record: Called with each epoch's record; its losses are of the images of the first process.
         validate: Its numbers go into each epoch's record.
 
     Raises:
@@ -177,7 +178,13 @@ class _Run:
     ) -> None:
         with needs_extra("train", "kdcicam"):
             from accelerate import Accelerator
-        self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=device == "cpu")
+            from accelerate.utils import DistributedDataParallelKwargs
+        # Backbones may have parameters that their map does not need: those of a head.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        with accelerate_device(device):
+            self.accelerator = Accelerator(
+                mixed_precision=settings.mixed_precision, cpu=device == "cpu", kwargs_handlers=[unused]
+            )
         self.data, self.settings, self.folder, self.model = data, settings, folder, model
         self.count = len(data)  # type: ignore[arg-type] it has a length
         self.each = steps_per_epoch(self.count, settings.batch_size)
