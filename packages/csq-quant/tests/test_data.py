@@ -90,6 +90,22 @@ def test_cifar10s_binary_files_are_read(tmp_path: Path) -> None:
     assert np.array_equal(data.test.read(torch.arange(4)).flatten(1), records[:, 1:])
 
 
+def test_cifar100s_binary_files_are_read_with_their_fine_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("train.bin", "test.bin"):
+        records = rng.integers(0, 256, (20, 3074), dtype=np.uint8)
+        records[:, 0], records[:, 1] = records[:, 0] % 20, np.arange(20) * 5
+        (folder / name).write_bytes(records.tobytes())
+    for kind, count in (("fine", 100), ("coarse", 20)):
+        (folder / f"{kind}_label_names.txt").write_text("\n".join(f"{kind}{k}" for k in range(count)))
+    data = load_images(str(tmp_path))
+    assert (len(data.classes), data.classes[5]) == (100, "fine5")
+    assert data.test.labels.tolist() == (np.arange(20) * 5).tolist()
+    assert np.array_equal(data.test.read(torch.arange(20)).flatten(1), records[:, 2:])
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_validation_share_of_all_or_nothing_is_refused(share: float) -> None:
     with pytest.raises(InputError, match="validation: expected a share above 0 and below 1"):

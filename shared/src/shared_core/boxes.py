@@ -1,4 +1,4 @@
-"""Boxes of objects in images: conventions and overlap.
+"""Boxes of objects in images, and their conventions.
 
 A box is ``x0, y0, x1, y1`` in pixels, x to the right, y down; x1 and y1 are *exclusive* (one past the last
 pixel), so that its width is x1 - x0 and a crop is ``image[y0:y1, x0:x1]``.
@@ -10,30 +10,6 @@ from shared_core.errors import InputError
 
 Array = np.ndarray
 Number = float | int
-
-
-def iou(a: Array, b: Array, *, offset: Number = 0) -> Array:
-    """Intersection over union of each box of `a` with each of `b`.
-
-    Args:
-        a: Boxes xyxy, shape [n, 4].
-        b: Boxes xyxy, shape [m, 4].
-        offset: Added to each width and height. 0 for boxes with exclusive ends; 1 for the convention of
-            PASCAL VOC and of most localization benchmarks, where x1 is the last pixel.
-
-    Returns:
-        Shape [n, m], float64; 0 where both boxes are empty.
-
-    >>> iou(np.array([[0, 0, 2, 2]]), np.array([[1, 0, 3, 2], [0, 0, 2, 2]])).round(3).tolist()
-    [[0.333, 1.0]]
-    """
-    a, b = four_columns(a, "a"), four_columns(b, "b")
-    left_top = np.maximum(a[:, None, :2], b[None, :, :2])
-    right_bottom = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    overlap = np.prod(np.clip(right_bottom - left_top + offset, 0, None), axis=2)
-    areas = [np.prod(np.clip(boxes[:, 2:] - boxes[:, :2] + offset, 0, None), axis=1) for boxes in (a, b)]
-    union = areas[0][:, None] + areas[1][None, :] - overlap
-    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
 
 
 def xywh_to_xyxy(boxes: Array) -> Array:

@@ -35,7 +35,7 @@ def setting(name: str, help_: str, known: tuple[str, ...] = (), **more: Any) -> 
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Folder with train/ and test/ (or val/) of class folders, CIFAR-10's binary files or MNIST's "
+        help="Folder with train/ and test/ (or val/) of class folders, CIFAR's binary files or MNIST's "
         "idx files; or digits, mnist5k."
     ),
 ]

@@ -104,7 +104,7 @@ def load_images(
     """Read a data set.
 
     Args:
-        source: "digits" or "mnist5k", or a folder: CIFAR-10's binary version, four files in MNIST's idx
+        source: "digits" or "mnist5k", or a folder: CIFAR-10 or CIFAR-100 (binary), four files in MNIST's idx
             format, or train/ and test/ (or val/) with one folder a class. Where train/, val/ and test/ are
             there, val/ is the validation part; else it is cut out of the training images.
         size: Side of the square that images become. Required for folders of images; others are resized
@@ -146,8 +146,10 @@ def _parts(source: str, size: int | None) -> tuple[Split, Split | None, Split, t
         raise InputError(
             f"expected {' or '.join(EMBEDDED)} or an existing folder", field="data", value=source
         )
-    if any(folder.glob("**/data_batch_1.bin")):
-        splits: Any = datasets.cifar10(folder)
+    cifars = {"data_batch_1.bin": datasets.cifar10, "fine_label_names.txt": datasets.cifar100}
+    read = next((cifar for file, cifar in cifars.items() if any(folder.glob(f"**/{file}"))), None)
+    if read is not None:
+        splits: Any = read(folder)
         names = tuple(splits["train"].features["label"].names)
         return pixel_split(splits["train"], size), None, pixel_split(splits["test"], size), names
     if any(folder.glob("*-ubyte*")):
@@ -166,7 +168,7 @@ def _folders(folder: Path, size: int | None) -> tuple[Split, Split | None, Split
     splits: Any = datasets.image_folder(folder)
     if not isinstance(splits, dict) or "train" not in splits or len(splits) < 2:
         raise InputError(
-            "expected train/ and test/ (or val/) of class folders, CIFAR-10's binary files, or idx files",
+            "expected train/ and test/ (or val/) of class folders, CIFAR's binary files, or idx files",
             file=folder,
         )
     if size is None:

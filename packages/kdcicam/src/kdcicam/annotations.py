@@ -1,4 +1,4 @@
-"""Boxes that people drew: known to be boxes of their image, and moved along with it."""
+"""Boxes that people drew: checked, moved along with their image, and overlapped with others."""
 
 from __future__ import annotations
 
@@ -53,3 +53,27 @@ def scale_boxes(boxes: Array, old: tuple[Number, Number], new: tuple[Number, Num
     """
     x, y = new[0] / old[0], new[1] / old[1]
     return four_columns(boxes, "boxes") * np.array([x, y, x, y])
+
+
+def iou(a: Array, b: Array, *, offset: Number = 0) -> Array:
+    """Intersection over union of each box of `a` with each of `b`.
+
+    Args:
+        a: Boxes xyxy, shape [n, 4].
+        b: Boxes xyxy, shape [m, 4].
+        offset: Added to each width and height. 0 for boxes with exclusive ends; 1 for the convention of
+            PASCAL VOC and of most localization benchmarks, where x1 is the last pixel.
+
+    Returns:
+        Shape [n, m], float64; 0 where both boxes are empty.
+
+    >>> iou(np.array([[0, 0, 2, 2]]), np.array([[1, 0, 3, 2], [0, 0, 2, 2]])).round(3).tolist()
+    [[0.333, 1.0]]
+    """
+    a, b = four_columns(a, "a"), four_columns(b, "b")
+    left_top = np.maximum(a[:, None, :2], b[None, :, :2])
+    right_bottom = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    overlap = np.prod(np.clip(right_bottom - left_top + offset, 0, None), axis=2)
+    areas = [np.prod(np.clip(boxes[:, 2:] - boxes[:, :2] + offset, 0, None), axis=1) for boxes in (a, b)]
+    union = areas[0][:, None] + areas[1][None, :] - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kdcicam.annotations import iou
 from kdcicam.boxes import contour_boxes, official_boxes
 from shared_core import InputError
-from shared_core.boxes import iou
 
 Array = np.ndarray
 Protocol = Literal["full", "center_crop"]

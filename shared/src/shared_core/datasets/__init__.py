@@ -10,7 +10,6 @@ which returns plain arrays, needs neither.
 
 from shared_core.datasets.cifar import cifar10, cifar100
 from shared_core.datasets.embedded import digits, labelled_samples, mnist5k, photographs
-from shared_core.datasets.fashion import fashion_mnist
 from shared_core.datasets.folders import class_folders, image_folder
 from shared_core.datasets.idx import idx_arrays
 from shared_core.datasets.wikipedia import wikipedia_introductions
@@ -20,7 +19,6 @@ __all__ = [
     "cifar100",
     "class_folders",
     "digits",
-    "fashion_mnist",
     "idx_arrays",
     "image_folder",
     "labelled_samples",

@@ -9,7 +9,6 @@ import numpy as np
 
 from shared_core.datasets._rows import class_label, make_dataset, netpbm
 from shared_core.datasets.cifar import CIFAR10_CLASSES
-from shared_core.datasets.fashion import FASHION_CLASSES
 from shared_core.errors import InputError, needs_extra
 from shared_core.wheels import member_bytes, member_names
 
@@ -17,6 +16,18 @@ if TYPE_CHECKING:
     import datasets
 
 DIGIT_CLASSES = tuple("0123456789")
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 # name -> (prefix of foolbox's file names, classes by name or by number)
 _SAMPLES: dict[str, tuple[str, tuple[str, ...] | int]] = {
