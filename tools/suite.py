@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -135,6 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(2, _cores()), help="suites at a time (default: 2)")
     parser.add_argument("options", nargs="*", help="handed on to pytest, after --")
     arguments = parser.parse_args(argv)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # Started in the background of a shell: what tests start would ignore their Ctrl-C too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
     try:
         chosen = suites(arguments.root, arguments.package)
