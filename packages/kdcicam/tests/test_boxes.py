@@ -117,6 +117,8 @@ def test_contour_boxes_of_all_thresholds_are_opencvs(seed):
 def test_a_sweep_says_what_it_cannot_take(levels, cuts, words):
     with pytest.raises(InputError, match=words):
         sweep_components(levels, cuts)
+    with pytest.raises(InputError, match=r"connectivity: expected 4 or 8 \(got 6\)"):
+        sweep_components(np.zeros((2, 2), np.uint8), 1, 6)
 
 
 def test_contours_of_islands_in_holes_and_of_the_largest_around_them():

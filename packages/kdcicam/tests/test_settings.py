@@ -8,7 +8,7 @@ import pytest
 import trees
 
 from kdcicam.runs import TrainingRun, build_model, flagged, resumed
-from kdcicam.settings import PRESETS, ROLES, Settings, settings_from
+from kdcicam.settings import ROLES, Settings, settings_from
 from shared_core import InputError
 
 
@@ -36,11 +36,6 @@ def test_an_auxiliary_loss_is_for_teachers(role):
         with pytest.raises(InputError, match=words):
             settings_from(None, {"role": role, "auxiliary": auxiliary})
     assert settings_from(None, {"role": role}).auxiliary == "none"
-
-
-def test_every_recipe_is_one():
-    for name in PRESETS:
-        settings_from(name, {})
 
 
 @pytest.mark.parametrize("combine", ["quadratic", "sum_1"])

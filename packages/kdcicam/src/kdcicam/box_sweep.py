@@ -58,8 +58,10 @@ def sweep_components(levels: Array, cuts: int, connectivity: int = 8) -> Compone
         connectivity: 4 or 8.
 
     Raises:
-        InputError: Shape, kind or range of `levels` is another.
+        InputError: Shape, kind or range of `levels` is another, or the connectivity.
     """
+    if connectivity not in (4, 8):
+        raise InputError("expected 4 or 8", field="connectivity", value=connectivity)
     levels = _checked(levels, cuts)
     return _swept(levels, np.zeros_like(levels), cuts, connectivity)
 
