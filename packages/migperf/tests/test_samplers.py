@@ -1,6 +1,7 @@
 """Samples are trimmed to the window, counters read at its edges, and pages of any DCGM are understood."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -105,6 +106,32 @@ def test_a_process_time_grows_as_it_computes():
         pass
     # schedstat is brought up to date at ticks and switches
     assert sampler.sample()["cpu_seconds_total"] - first["cpu_seconds_total"] > 0.03
+
+
+def test_a_thread_that_ends_takes_neither_its_time_nor_the_others_readings_with_it(monkeypatch):
+    started, stop = threading.Event(), threading.Event()
+
+    def compute():
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
+            pass
+        started.set()
+        stop.wait()
+
+    sampler = ProcessSampler("me", [os.getpid()])
+    thread = threading.Thread(target=compute)
+    thread.start()
+    started.wait()
+    alive = sampler.sample()["cpu_seconds_total"]
+    stop.set()
+    thread.join()
+    assert sampler.sample()["cpu_seconds_total"] >= alive
+
+    listed, gone = os.listdir, str(thread.native_id)
+    monkeypatch.setattr(os, "listdir", lambda path: [gone, *listed(path)])
+    late = sampler.sample()
+    assert late["rss_mib"] > 1
+    assert late["cpu_seconds_total"] >= alive
 
 
 def test_cpus_and_pressure_are_read_as_the_kernel_writes_them(tmp_path):

@@ -13,6 +13,7 @@ class ProcessSampler:
     """Processor time, time spent runnable without a processor, and memory of processes and their children.
 
     Waiting to run is how foreign load shows: a process that got all the cores that it wanted waits for none.
+    A thread that ended keeps the time that it had when it was last read.
 
     Args:
         name: Of the sampler, `worker0`.
@@ -22,21 +23,26 @@ class ProcessSampler:
 
     def __init__(self, name: str, pids: Sequence[int], tree: bool = False) -> None:
         self.name, self.pids, self.tree = name, tuple(pids), tree
+        self._times: dict[tuple[int, str], tuple[int, int]] = {}
 
     def sample(self) -> Mapping[str, float]:
         """Return `cpu_seconds_total`, `wait_seconds_total` and `rss_mib`."""
-        ran = waited = pages = 0
+        pages = 0
         for pid in self.members():
-            with contextlib.suppress(OSError, ValueError):
-                for task in os.listdir(f"/proc/{pid}/task"):
-                    with open(f"/proc/{pid}/task/{task}/schedstat", "rb") as file:
-                        fields = file.read().split()
-                    ran, waited = ran + int(fields[0]), waited + int(fields[1])
+            with contextlib.suppress(OSError):
                 with open(f"/proc/{pid}/statm", "rb") as file:
                     pages += int(file.read().split()[1])
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    # threads may end between the listing and this
+                    with (
+                        contextlib.suppress(OSError),
+                        open(f"/proc/{pid}/task/{task}/schedstat", "rb") as file,
+                    ):
+                        ran, waited, *_ = file.read().split()
+                        self._times[pid, task] = int(ran), int(waited)
         return {
-            "cpu_seconds_total": ran / 1e9,
-            "wait_seconds_total": waited / 1e9,
+            "cpu_seconds_total": sum(ran for ran, _ in self._times.values()) / 1e9,
+            "wait_seconds_total": sum(waited for _, waited in self._times.values()) / 1e9,
             "rss_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
         }
 
