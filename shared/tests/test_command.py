@@ -1,8 +1,10 @@
+import dataclasses
 import os
 import re
 import signal
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 import typer
@@ -254,3 +256,51 @@ def test_accelerate_takes_a_numbered_device_from_the_environment(before, monkeyp
     with command.accelerate_device("cuda"):
         assert os.environ.get(name) == before
     assert os.environ.get(name) == before
+
+
+@dataclasses.dataclass
+class Settings:
+    role: Literal["cls", "loc"] = "cls"
+    lr: float = 0.1
+    steps: int | None = None
+    folder: str | None = None
+    flip: bool = True
+    sizes: tuple[int, ...] = ()
+    drops: tuple[float, float] = (0.5, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("role=loc", "loc"),
+        ("lr=1e-3", 0.001),
+        ("steps=7", 7),
+        ("steps=none", None),
+        ("folder=a=b", "a=b"),
+        ("folder=None", None),
+        ("flip=False", False),
+        ("sizes=320,352", (320, 352)),
+        ("sizes=", ()),
+        ("drops=0.25,1", (0.25, 1.0)),
+    ],
+)
+def test_a_setting_is_read_as_its_field_is(text, value):
+    name = text.partition("=")[0]
+    assert repr(command.assigned([text], Settings)) == repr({name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr", r"set: expected NAME=VALUE with one of role, lr, .* \(got 'lr'\)"),
+        ("rate=1", "set: expected NAME=VALUE with one of role, lr"),
+        ("lr=fast", r"lr: expected float \(got 'fast'\)"),
+        ("lr=none", r"lr: expected float"),
+        ("steps=1.5", r"steps: expected int \| None \(got '1.5'\)"),
+        ("flip=maybe", "flip: expected bool"),
+        ("sizes=1,a", r"sizes: expected tuple\[int, \.\.\.\]"),
+    ],
+)
+def test_a_setting_that_is_none_or_of_another_kind_is_said(text, words):
+    with pytest.raises(InputError, match=words):
+        command.assigned(["lr=1", text], Settings)

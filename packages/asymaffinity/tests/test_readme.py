@@ -13,7 +13,7 @@ from shared_core import testing
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = testing.fenced_blocks(TEXT, "python")
-DOCUMENTED = ["affinity", "condinst", "depth", "edges", "grid", "losses", "mask_rcnn", "metrics", "settings"]
+DOCUMENTED = ["affinity", "condinst", "depth", "edges", "grid", "losses", "mask_rcnn", "metrics"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from csq.methods import BsqStage, CsqStage, Method, Stage, UniformStage
 from csq.training import (
     CHECKPOINT,
     Recipe,
-    TrainingDiverged,
     augment,
     batch_indices,
     bn_batches,
@@ -27,6 +26,7 @@ from csq.training import (
     train,
 )
 from shared_core import InputError
+from shared_core.errors import TrainingDiverged
 
 pytestmark = pytest.mark.filterwarnings(
     # Runs of 24 steps are too short for a search; what is tested is not accuracy.

@@ -87,7 +87,7 @@ def test_one_update_from_zero_gives_about_the_normalized_sum():
 
 
 def literal(logits: torch.Tensor, maps: torch.Tensor, combine: str, n: int = 20) -> torch.Tensor:
-    """The definitions of section 3.4 as a double loop over images and ranks."""
+    """The definitions as a double loop over images and ranks."""
     classes = logits.shape[1]
     result = torch.zeros_like(maps[:, 0])
     for image in range(len(logits)):

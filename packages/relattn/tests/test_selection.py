@@ -1,4 +1,4 @@
-"""Online selection (section 3.4): known answers, and what it must not look at."""
+"""Online selection: known answers, and what it must not look at."""
 
 import inspect
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -296,11 +297,6 @@ def test_a_path_that_cannot_be_written_is_refused_and_an_old_file_survives(
 def test_a_missing_extra_is_named(
     vit: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(InputError, match=r"onnx is not installed: pip install 'repqvit\[onnx\]'"):
         export_onnx(vit, tmp_path / "m.onnx", hosted_models.images("timm-vit", 1))

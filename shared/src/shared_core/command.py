@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
 import typer
 import typer.main
@@ -178,6 +178,54 @@ def with_commas(value: str | None) -> str | None:
             f"expected numbers with commas between, as 0.5,0.5,0.5; got {value!r}"
         ) from error
     return value
+
+
+def assigned(texts: Sequence[str], settings: type) -> dict[str, Any]:
+    """Read the values of ``--set NAME=VALUE`` as fields of a dataclass with plain values.
+
+    Numbers and words stand for themselves, true and false for bools, ``1,2`` for a tuple, none for None.
+
+    Args:
+        texts: One each.
+        settings: The dataclass, with fields of int, float, bool, str, Literal, tuples of numbers, or None.
+
+    Raises:
+        InputError: A name is no field, or a value is of another kind.
+
+    >>> import dataclasses
+    >>> @dataclasses.dataclass
+    ... class Settings:
+    ...     lr: float = 0.1
+    ...     sizes: tuple[int, ...] = (320,)
+    ...     flip: bool = True
+    ...     warmup: int | None = 10
+    >>> assigned(["lr=1e-3", "sizes=320,352", "flip=false", "warmup=none"], Settings)
+    {'lr': 0.001, 'sizes': (320, 352), 'flip': False, 'warmup': None}
+    """
+    kinds = get_type_hints(settings)
+    made: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in kinds:
+            raise InputError(f"expected NAME=VALUE with one of {', '.join(kinds)}", field="set", value=text)
+        kind = kinds[name]
+        try:
+            made[name] = _plain(kind, value)
+        except (KeyError, ValueError) as error:
+            named = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+            raise InputError(f"expected {named}", field=name, value=value) from error
+    return made
+
+
+def _plain(kind: Any, text: str) -> Any:
+    inner = get_args(kind)
+    if type(None) in inner:
+        return None if text.lower() == "none" else _plain(inner[0], text)
+    if get_origin(kind) is tuple:
+        return tuple(_plain(inner[0], part) for part in text.split(",") if part)
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    return kind(text) if kind in (int, float) else text
 
 
 def main_process() -> bool:

@@ -1,10 +1,11 @@
-"""The error for bad input, and the error for an optional dependency that is not installed."""
+"""Errors that say in one line what would be right: bad input, a missing extra, a training that diverged."""
 
 import enum
 import os
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class _Unset(enum.Enum):
@@ -52,6 +53,25 @@ class InputError(ValueError):
         where = "".join(f"{part}: " for part in (self.file, self.field) if part is not None)
         got = "" if self.value is _UNSET else f" (got {_short.repr(self.value)})"
         return " ".join(line.strip() for line in f"{where}{self.message}{got}".splitlines())
+
+
+class TrainingDiverged(InputError):
+    """A loss or a parameter is not finite.
+
+    Args:
+        what: What is not, and at which step.
+        lr: The learning rate.
+        checkpoint: Where the run keeps one; named where it is there.
+
+    >>> str(TrainingDiverged("the loss is nan at step 6", 10.0))
+    'lr: the loss is nan at step 6: try a lower learning rate (got 10.0)'
+    """
+
+    def __init__(self, what: str, lr: float, checkpoint: Path | None = None) -> None:
+        kept = (
+            f"; the last checkpoint is {checkpoint}" if checkpoint is not None and checkpoint.exists() else ""
+        )
+        super().__init__(f"{what}: try a lower learning rate{kept}", field="lr", value=lr)
 
 
 @contextmanager

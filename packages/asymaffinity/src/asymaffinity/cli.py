@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from asymaffinity.settings import AFFINITIES, Settings, parsed
+from asymaffinity.settings import AFFINITIES, Settings
 from shared_core import InputError, command, files
 from shared_core.command import (
     Device,
@@ -105,7 +105,7 @@ def train(
     )  # fmt: skip
     given = {name: options[name] for name in named if options[name] is not None}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    asked = Settings(**{**given, **parsed(settings or [])})
+    asked = Settings(**{**given, **command.assigned(settings or [], Settings)})
     with command.warnings_in_one_line():
         from asymaffinity import training
         from asymaffinity.checkpoints import CHECKPOINT
@@ -283,7 +283,10 @@ def edges(
     from asymaffinity.datasets import read_image
     from asymaffinity.training import build_criterion
 
-    chosen = {**parsed(settings or []), "affinity": "both" if depth is not None else "color"}
+    chosen = {
+        **command.assigned(settings or [], Settings),
+        "affinity": "both" if depth is not None else "color",
+    }
     asked = replace(Settings(str(image)), **chosen)
     criterion = build_criterion(asked)
     pixels = read_image(image)

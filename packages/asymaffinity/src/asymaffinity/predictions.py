@@ -19,11 +19,11 @@ from asymaffinity.datasets import BoxImages, cityscapes_instances, read_ids, rea
 from asymaffinity.edges import EdgeBits, bit
 from asymaffinity.metrics import MaskHealth, mask_health
 from shared_core import InputError
+from shared_core.datasets.folders import IMAGE_SUFFIXES
 from shared_core.errors import needs_extra
 from shared_core.files import atomic_path
 
 Array = np.ndarray
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Okabe and Ito's palette, brightened for masks over photographs.
 COLOURS = ((0, 158, 255), (255, 130, 30), (0, 220, 150), (230, 130, 190), (255, 200, 40), (120, 200, 255))
 
@@ -277,9 +277,9 @@ def image_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.glob("*") if file.suffix.lower() in IMAGES)
+    found = sorted(file for file in path.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise InputError(f"expected an image or a folder with {', '.join(IMAGES)}", file=path)
+        raise InputError(f"expected an image or a folder with {', '.join(sorted(IMAGE_SUFFIXES))}", file=path)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from shared_core import InputError
@@ -113,40 +113,6 @@ class Settings:
 
 FREE = ("data", "images", "depth", "weights", "workers", "checkpoint_every", "log_every")
 """What may differ between a run and the one that goes on with it."""
-
-
-def parsed(assignments: list[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` texts as settings.
-
-    Raises:
-        InputError: A name is no setting or a value is of another kind.
-
-    >>> parsed(["lr=0.1", "min_size=320,352", "flip=false", "warmup=none"])
-    {'lr': 0.1, 'min_size': (320, 352), 'flip': False, 'warmup': None}
-    """
-    kinds = {field.name: str(field.type) for field in fields(Settings)}
-    made: dict[str, Any] = {}
-    for text in assignments:
-        name, equals, value = text.partition("=")
-        if not equals or name not in kinds:
-            raise InputError(f"expected NAME=VALUE with one of {', '.join(kinds)}", field="set", value=text)
-        try:
-            made[name] = _read(kinds[name], value)
-        except (KeyError, ValueError) as error:
-            raise InputError(f"expected {kinds[name]}", field=name, value=value) from error
-    return made
-
-
-def _read(kind: str, value: str) -> Any:
-    if value.lower() == "none" and "None" in kind:
-        return None
-    plain = kind.removesuffix(" | None")
-    if plain == "bool":
-        return {"true": True, "false": False}[value.lower()]
-    if plain.startswith("tuple"):
-        item = int if "int" in plain else float
-        return tuple(item(part) for part in value.split(",") if part)
-    return {"int": int, "float": float, "str": str}[plain](value)
 
 
 def restored(kept: dict[str, Any]) -> Settings:

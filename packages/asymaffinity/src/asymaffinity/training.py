@@ -32,7 +32,7 @@ from asymaffinity.settings import FREE, Settings, plain
 from shared_core import InputError
 from shared_core.checkpoints import check_same_run, optimizer_tensors, read_tensors, restore_optimizer
 from shared_core.command import accelerate_device
-from shared_core.errors import needs_extra
+from shared_core.errors import TrainingDiverged, needs_extra
 from shared_core.files import write_text
 
 LOG, BOARD = "log.jsonl", "tensorboard"
@@ -41,10 +41,6 @@ _EMPTY_SHARE, _EMPTY_LOGS = 0.95, 25
 warm-up."""
 _PATIENCE = 50
 """Steps in a row that may be left out for an overflow under float16 before the run is given up."""
-
-
-class TrainingDiverged(InputError):
-    """The loss is not finite."""
 
 
 @dataclass(frozen=True)
@@ -321,13 +317,8 @@ class _Run:
         skipped = self.accelerator.scaler is not None and self.accelerator.optimizer_step_was_skipped
         self.overflows = self.overflows + 1 if skipped else 0
         if self.overflows > _PATIENCE or (not skipped and not math.isfinite(loss)):
-            kept = self.folder / CHECKPOINT if self.folder is not None else None
-            where = f"; the last checkpoint is {kept}" if kept is not None and kept.exists() else ""
-            raise TrainingDiverged(
-                f"the loss is {loss} at step {self.step}: try a lower learning rate{where}",
-                field="lr",
-                value=self.settings.lr,
-            )
+            kept = None if self.folder is None else self.folder / CHECKPOINT
+            raise TrainingDiverged(f"the loss is {loss} at step {self.step}", self.settings.lr, kept)
 
     def _open_log(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:

@@ -8,12 +8,12 @@ integers, or of floats where a runtime has no integer kernel: fewer bits buy siz
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize as torch_parametrize
 from csq.parametrization import bit_layers, unwrap
 from csq.size_report import LayerReport, check_unchanged, report
 from shared_core import InputError
+from shared_core.errors import needs_extra
 from shared_core.files import atomic_path
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def export_onnx(
         raise InputError(f"expected an opset from {MIN_OPSET} to {MAX_OPSET}", field="opset", value=opset)
     if wide not in get_args(Wide):
         raise InputError(f"expected {', '.join(get_args(Wide))}", field="wide", value=wide)
-    _need("onnx", "onnxscript")
+    with needs_extra("onnx", "csq-quant"):
+        for module in ("onnx", "onnxscript"):
+            import_module(module)
     check_unchanged(final)
     layers = report(final).layers
     widest = _widest(final, wide, opset)
@@ -105,8 +108,8 @@ def compare_onnx(final: nn.Module, path: str | os.PathLike[str], sample: Tensor 
     Raises:
         InputError: no such file; the onnx extra missing.
     """
-    _need("onnxruntime")
-    import onnxruntime
+    with needs_extra("onnx", "csq-quant"):
+        import onnxruntime
 
     if not Path(path).is_file():
         raise InputError("there is no such file", file=path)
@@ -119,14 +122,6 @@ def compare_onnx(final: nn.Module, path: str | os.PathLike[str], sample: Tensor 
     output = final(**sample) if isinstance(sample, Mapping) else final(sample)
     expected = next(value for _, value in _tensors(output)).cpu()
     return float((found - expected).abs().max())
-
-
-def _need(*modules: str) -> None:
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise InputError(f"{error.name} is not installed: pip install 'csq-quant[onnx]'") from error
 
 
 def wide_layers(final: nn.Module) -> dict[str, int]:

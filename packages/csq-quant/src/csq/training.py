@@ -31,13 +31,10 @@ from csq.methods import Hooks, Method, Plan
 from csq.optimizer_groups import param_groups
 from shared_core import InputError
 from shared_core.checkpoints import check_same_run, optimizer_tensors, restore_optimizer
+from shared_core.errors import TrainingDiverged
 
 CHECKPOINT = "checkpoint.safetensors"
 _ORDER, _AUGMENTATION = 0, 1  # purposes that seeds are derived for
-
-
-class TrainingDiverged(InputError):
-    """The loss or a parameter is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -336,9 +333,8 @@ class _Run:
         return Checkpoint(self.step, self.fingerprint, plans, history, tensors, state, random)
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        kept = self.folder / CHECKPOINT if self.folder is not None else None
-        kept = f"; the last checkpoint is {kept}" if kept is not None and kept.exists() else ""
-        return TrainingDiverged(f"{what}: try a lower learning rate{kept}", field="lr", value=self.recipe.lr)
+        kept = None if self.folder is None else self.folder / CHECKPOINT
+        return TrainingDiverged(what, self.recipe.lr, kept)
 
 
 def bn_batches(

@@ -25,7 +25,7 @@ VGG_VARIANTS = {"vgg16": "cub", "vgg16-imagenet": "imagenet"}
 
 
 class NonLocalBlock(nn.Module):
-    """Self-attention over the cells of a map, added to it; the map itself at the start (section 3.1).
+    """Self-attention over the cells of a map, added to it; the map itself at the start.
 
     query and key are 1x1 convolutions to an eighth of the channels, value to all; attention is a softmax over
     the keys of q^T k, not scaled; a 1x1 convolution and a BatchNorm with weight and bias of zero follow.

@@ -1,4 +1,4 @@
-"""Other ways to a map from the same network, so that only the map differs (section 6).
+"""Other ways to a map from the same network, so that only the map differs.
 
 CAM and NL-CCAM read the context-free branch, CI-CAM the de-biased one; Grad-CAM comes from pytorch-grad-cam.
 Where labels are given, CAM and Grad-CAM show the label's class, as the field's evaluation does for GT-known

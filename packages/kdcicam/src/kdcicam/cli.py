@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcicam.settings import PRESETS, TEACHER_ROLES, Settings, map_of, parsed, settings_from
+from kdcicam.settings import PRESETS, TEACHER_ROLES, Settings, map_of, settings_from
 from shared_core import InputError, command, files
 from shared_core.command import (
     Device,
@@ -181,7 +181,7 @@ def train_student(
         raise InputError("is for train-teacher", field="recipe", value=recipe)
     from kdcicam.runs import student_flags
 
-    named = parsed(settings or [])
+    named = command.assigned(settings or [], Settings)
     paths = {"cls_teacher": cls, "loc_teacher": loc}
     given |= {"role": "student", **{key: str(path) for key, path in paths.items() if path is not None}}
     given["flags"] = student_flags(given.get("cls_teacher"), given.get("loc_teacher"), named.get("flags"))
@@ -202,7 +202,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def _train(
     out: Path, recipe: str | None, given: dict[str, Any], more: list[str] | None, resume: bool, device: str
 ) -> None:
-    asked: Settings = settings_from(recipe, {**given, **parsed(more or [])})
+    asked: Settings = settings_from(recipe, {**given, **command.assigned(more or [], Settings)})
     with command.warnings_in_one_line():
         from kdcicam import runs
         from kdcicam.training import CHECKPOINT

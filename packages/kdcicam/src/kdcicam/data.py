@@ -17,11 +17,11 @@ import numpy as np
 from kdcicam.annotations import check_boxes
 from shared_core import InputError
 from shared_core.boxes import xywh_to_xyxy
+from shared_core.datasets.folders import IMAGE_SUFFIXES
 
 Array = np.ndarray
 SPLITS = ("train", "val", "test")
 _NO_BOX = np.empty((0, 4))
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError("is missing", file=folder)
     return sorted(
-        f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and not f.name.startswith(".")
+        f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")
     )
 
 

@@ -1,4 +1,4 @@
-"""Training images, each with the flag that its lottery drew (section 3.7)."""
+"""Training images, each with the flag that its lottery drew."""
 
 from __future__ import annotations
 

@@ -18,9 +18,8 @@ from kdcicam.model import CICAM
 from kdcicam.overlays import overlay
 from kdcicam.settings import map_of
 from shared_core import InputError
+from shared_core.datasets.folders import IMAGE_SUFFIXES
 from shared_core.files import atomic_path
-
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def listed(paths: list[Path]) -> list[Path]:
@@ -32,7 +31,7 @@ def listed(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise InputError("holds no image", file=path)
             found += inside

@@ -78,7 +78,7 @@ def map_distance(
 
 @dataclass(frozen=True)
 class TwoTeacherLoss:
-    """L = (1 - alpha) CE(z', label) + alpha L_cls(I1) + alpha beta L_loc(I2) (section 3.7).
+    """L = (1 - alpha) CE(z', label) + alpha L_cls(I1) + alpha beta L_loc(I2).
 
     Each image belongs to no teacher (flag 0), to the classification teacher (1) or to the localization
     teacher (2). A teacher's term is a mean over its own images, and is left out where it has none in the
@@ -189,7 +189,7 @@ def foreground(
 
 @dataclass(frozen=True)
 class ClassifierLoss:
-    """The loss of CI-CAM and of both teachers (section 3.6).
+    """The loss of CI-CAM and of both teachers.
 
     L = CE(z, label) + CE(z', label) + eta * auxiliary + rho * area.
 

@@ -177,7 +177,7 @@ class CICAM(nn.Module):
 
     @torch.no_grad()
     def update_pool(self, out: CICAMOutput, labels: Int[Tensor, " batch"]) -> Int[Tensor, ""]:
-        """Take the images that the context-free branch gets right into the pool (section 3.3).
+        """Take the images that the context-free branch gets right into the pool.
 
         Call it once a step, after the forward pass and before ``optimizer.step()``. In several processes
         the sums are added up over all first.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from shared_core import InputError
@@ -109,7 +109,7 @@ class Settings:
             raise InputError("expected some of 0, 1, 2", field="flags", value=self.flags)
 
     def learning_rate(self, epoch: int) -> float:
-        """The classifier's learning rate in an epoch, counted from 0 (section 3.8)."""
+        """The classifier's learning rate in an epoch, counted from 0."""
         rate = self.lr * self.decay ** (epoch // self.decay_every)
         if self.poly:
             rate *= (1 - epoch / self.epochs) ** self.poly
@@ -228,8 +228,6 @@ OWN_TEACHERS: dict[str, dict[str, Any]] = {
 }
 """What makes a teacher where no recipe is named: the auxiliary losses of the paper's InceptionV3 teachers."""
 
-_KINDS = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int, "Role": str}
-
 
 def preset(name: str) -> dict[str, Any]:
     """Return a recipe's settings.
@@ -240,35 +238,6 @@ def preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise InputError(f"expected one of {', '.join(PRESETS)}", field="recipe", value=name)
     return dict(PRESETS[name])
-
-
-def parsed(assignments: list[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` texts as settings.
-
-    Raises:
-        InputError: A name is no setting or a value is of another kind.
-
-    >>> parsed(["lr=0.01", "flags=1,2", "t_squared=true"])
-    {'lr': 0.01, 'flags': (1, 2), 't_squared': True}
-    """
-    kinds = {field.name: str(field.type) for field in fields(Settings)}
-    made: dict[str, Any] = {}
-    for text in assignments:
-        name, equals, value = text.partition("=")
-        if not equals or name not in kinds:
-            raise InputError(f"expected NAME=VALUE with one of {', '.join(kinds)}", field="set", value=text)
-        try:
-            if kinds[name] == "bool":
-                made[name] = {"true": True, "false": False}[value.lower()]
-            elif kinds[name].startswith("tuple"):
-                made[name] = tuple(int(part) for part in value.split(","))
-            elif value.lower() == "none" and "None" in kinds[name]:
-                made[name] = None
-            else:
-                made[name] = _KINDS[kinds[name]](value)
-        except (KeyError, ValueError) as error:
-            raise InputError(f"expected {kinds[name]}", field=name, value=value) from error
-    return made
 
 
 def settings_from(recipe: str | None, given: dict[str, Any]) -> Settings:

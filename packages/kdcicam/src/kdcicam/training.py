@@ -25,7 +25,7 @@ from kdcicam.settings import Settings
 from shared_core import InputError
 from shared_core.checkpoints import check_same_run, optimizer_tensors, restore_optimizer
 from shared_core.command import accelerate_device
-from shared_core.errors import needs_extra
+from shared_core.errors import TrainingDiverged, needs_extra
 
 CHECKPOINT = "checkpoint.safetensors"
 _STEP = 3  # purpose of a step's seed
@@ -43,10 +43,6 @@ _FREE = (
     "cls_teacher",
     "loc_teacher",
 )
-
-
-class TrainingDiverged(InputError):
-    """The loss or a parameter is not finite."""
 
 
 @dataclass(frozen=True)
@@ -320,8 +316,5 @@ class _Run:
         )
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        kept = self.folder / CHECKPOINT if self.folder is not None else None
-        where = f"; the last checkpoint is {kept}" if kept is not None and kept.exists() else ""
-        return TrainingDiverged(
-            f"{what}: try a lower learning rate{where}", field="lr", value=self.settings.lr
-        )
+        kept = None if self.folder is None else self.folder / CHECKPOINT
+        return TrainingDiverged(what, self.settings.lr, kept)

@@ -31,6 +31,7 @@ from lead_kd.scorers import DualEncoder, Scorer, to_device
 from lead_kd.scores import gather_plain
 from lead_kd.selection import LayerSchedule
 from shared_core import InputError
+from shared_core.errors import TrainingDiverged
 from shared_core.files import check_no_run
 
 if TYPE_CHECKING:
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
-
-
-class TrainingDiverged(InputError):
-    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def distill(
 
     Raises:
         InputError: Parts do not fit together, or the checkpoint is of another run.
-        TrainingDiverged: The loss is no number.
+        TrainingDiverged: The loss is not finite.
     """
     run = _Run(student, teacher, objective, sampler, recipe, schedule, co_train, accelerator)
     settings = {
@@ -170,6 +167,7 @@ def distill(
     done, trained = 0, Trained()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        run.checkpoint = folder / CHECKPOINT
         if run.accelerator.is_main_process:
             check_no_run(folder / CHECKPOINT, resume)
         if resume and (folder / CHECKPOINT).exists():
@@ -229,6 +227,7 @@ class _Run:
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = accelerator or Accelerator(cpu=_on_cpu(student), kwargs_handlers=[unused])
         self.recipe, self.sampler, self.schedule, self.co_train = recipe, sampler, schedule, co_train
+        self.checkpoint: Path | None = None
         if sampler.processes != self.accelerator.num_processes:
             raise InputError(
                 f"expected the accelerator's {self.accelerator.num_processes} processes",
@@ -316,9 +315,8 @@ class _Run:
                     waiting.enter_context(self.accelerator.no_sync(model))
                 loss, left_out = self._forward(to_device(group, self.accelerator.device), pairs)
                 if not torch.isfinite(loss.total):
-                    raise TrainingDiverged(
-                        "the loss is no number; a lower learning rate may help", field="step", value=step + 1
-                    )
+                    what = f"the loss is {loss.total.item()} at step {step + 1}"
+                    raise TrainingDiverged(what, self.recipe.lr, self.checkpoint)
                 self.accelerator.backward(loss.total / len(groups))
                 masked += left_out
         assert loss is not None

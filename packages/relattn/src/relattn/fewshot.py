@@ -1,4 +1,4 @@
-"""Few-shot learning of relevance attention (section 3.5): ten documents, a hundred steps.
+"""Few-shot learning of relevance attention: ten documents, a hundred steps.
 
 The released example trains W_q, W_k, a linear weight that starts at 0.07, and the whole model, with Adam at
 3e-5, 10 examples an update, 10 steps of warm-up, then linear decay. It keeps the checkpoint with the best

@@ -1,6 +1,6 @@
 """The relevance distribution over the source: how much each token has to do with what the reader asked for.
 
-Section 3.1 of the method, as pure functions on tensors, then the objects that hold its settings:
+First as pure functions on tensors, then the objects that hold its settings:
 
     S = E K^T,  s_j = mean over control tokens of S_ij,  s <- s * g,  a_rel = softmax(s / temperature)
 

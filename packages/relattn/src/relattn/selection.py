@@ -1,4 +1,4 @@
-"""Online selection: which of the candidates that a grid of weights gives is the summary (section 3.4).
+"""Online selection: which of the candidates that a grid of weights gives is the summary.
 
 Nothing here sees a reference, the control or a likelihood: the candidates alone decide.
 """

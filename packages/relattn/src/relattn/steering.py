@@ -1,6 +1,6 @@
 """Steering at decoding speed: cross-attention mixed with the relevance, without touching its kernel.
 
-Section 3.2 of the method mixes probabilities, in every decoder layer, head and step:
+The method mixes probabilities, in every decoder layer, head and step:
 
     A'_tj = (1 - w) A_tj + w a_rel_j
 

@@ -1,4 +1,4 @@
-"""How strongly to steer: the variants of the weight w (section 3.3), and the module that learns them.
+"""How strongly to steer: the variants of the weight w, and the module that learns them.
 
 | weight | shape | definition |
 | --- | --- | --- |

@@ -18,10 +18,10 @@ How it is written, each choice measured with onnxruntime on ViT-S/16:
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,7 @@ from repqvit.layers import AttentionQuantizers, QuantConv2d, QuantizedWeight, Qu
 from repqvit.quantized import Batch, QuantizedModel
 from repqvit.quantizers import Log2, Quantizer, UniformAffine, log_encode
 from shared_core import InputError
+from shared_core.errors import needs_extra
 from shared_core.files import atomic_path
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ def export_onnx(
     _check_options(form, softmax, opset, weight_storage, weight_type)
     if not isinstance(quantized_model, QuantizedModel):
         raise InputError("expected the result of repqvit.quantize", value=type(quantized_model).__name__)
-    _need("onnx", "onnxscript")
+    with needs_extra("onnx", "repqvit"):
+        for module in ("onnx", "onnxscript"):
+            import_module(module)
     packs = weight_storage == "int4" or (weight_storage == "auto" and opset >= INT4_OPSET)
     with atomic_path(path) as temporary:  # first: a path that cannot be written should not cost an export
         model = copy.deepcopy(quantized_model.model).cpu().eval()
@@ -138,8 +141,8 @@ def compare_onnx(
         path: the exported file.
         images: `(batch, channels, height, width)`, of the size of the file's sample.
     """
-    _need("onnxruntime")
-    import onnxruntime
+    with needs_extra("onnx", "repqvit"):
+        import onnxruntime
 
     if not os.path.isfile(path):
         raise InputError("there is no such file", file=path)
@@ -167,14 +170,6 @@ def _check_options(form: str, softmax: str, opset: int, weight_storage: str, wei
         raise InputError(f"expected an opset from {MIN_OPSET} to {MAX_OPSET}", field="opset", value=opset)
     if weight_storage == "int4" and opset < INT4_OPSET:
         raise InputError(f"4-bit weights need opset {INT4_OPSET} or newer", field="opset", value=opset)
-
-
-def _need(*modules: str) -> None:
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise InputError(f"{error.name} is not installed: pip install 'repqvit[onnx]'") from error
 
 
 # The modules that take the places of the simulated ones. Their forward emits ONNX operators.

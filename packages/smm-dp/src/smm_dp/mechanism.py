@@ -29,7 +29,7 @@ _CLIP_MARGIN = 1e-11  # clipping aims this much (relatively) below c, so that fl
 def second_moment(x: Float[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:
     """Return φ(x) = E[Y²] of randomly rounded x: squares of integers, linear in between, even.
 
-    With |x| = k + p, φ = k² + (2k+1)p (section 3.2 of the method; φ(x) = |x| up to 1, φ(x) ≥ x²).
+    With |x| = k + p, φ = k² + (2k+1)p (φ(x) = |x| up to 1, φ(x) ≥ x²).
 
     >>> second_moment(np.array([-0.5, 1.0, 1.5, 2.0])).tolist()
     [0.5, 1.0, 2.5, 4.0]
@@ -52,7 +52,7 @@ def inverse_second_moment(v: Float64[np.ndarray, "*shape"]) -> Float64[np.ndarra
 
 
 def clip_mixture(x: Float[np.ndarray, " d"], bound: float) -> Float64[np.ndarray, " d"]:
-    """Shrink every φ(x_i) by one factor so that Σ φ(x_i) ≤ bound; signs stay (section 3.3, step 4).
+    """Shrink every φ(x_i) by one factor so that Σ φ(x_i) ≤ bound; signs stay.
 
     Args:
         x: Scaled, rotated vector, units of the integer grid.
@@ -179,7 +179,7 @@ class SkellamMixture:
     def clipped(
         self, x: Float[np.ndarray, " dim"], participant: str = "participant"
     ) -> Float64[np.ndarray, " d"]:
-        """Return the vector in the units of the grid: rotated, scaled, clipped. Steps 1 to 5 of section 3.3.
+        """Return the vector in the units of the grid: rotated, scaled, clipped.
 
         Raises:
             InputError: Wrong length, NaN or infinity (says whose and where), or numbers so large that their

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     import datasets
 
 SPLITS = ("train", "val", "test")
-SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+"""Ends of names, in lower case, of files that are taken for images."""
 
 _log = logging.getLogger(__name__)
 
@@ -115,11 +116,11 @@ def _same_classes(splits: dict[str, Path]) -> None:
 def _images(folder: Path, check: bool) -> tuple[list[str], str]:
     """The images in and below a folder, and a line that counts them and the other files."""
     files = sorted(_files(folder, set()))
-    images = [file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES]
+    images = [file for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES]
     skipped = len(files) - len(images)
     if not images:
         other = f", only {skipped} files of other kinds" if skipped else ""
-        raise InputError(f"holds no image{other}: expected {', '.join(sorted(SUFFIXES))}", file=folder)
+        raise InputError(f"holds no image{other}: expected {', '.join(sorted(IMAGE_SUFFIXES))}", file=folder)
     if check:
         _check_readable(folder, images)
     about = f"{len(images)} images in {folder}; {skipped} other files skipped"
