@@ -9,33 +9,21 @@ import pytest
 
 from tools import api, workspace
 from tools.constraints import pins
-from tools.prove import under_construction
 
 ROOT = workspace.ROOT
 
 
 def readme_table() -> dict[str, list[str]]:
-    rows = re.findall(
-        r"^\| (?:\[([\w-]+)\]\(packages/\1\)|([\w-]+)) \|(.+)\|$", (ROOT / "README.md").read_text(), re.M
-    )
-    return {
-        linked or plain: [cell.strip() for cell in rest.split("|")]
-        for linked, plain, rest in rows
-        if "arXiv" in rest
-    }
+    rows = re.findall(r"^\| \[([\w-]+)\]\(packages/\1\) \|(.+)\|$", (ROOT / "README.md").read_text(), re.M)
+    return {name: [cell.strip() for cell in rest.split("|")] for name, rest in rows}
 
 
-def test_the_readme_lists_ten_packages_and_which_of_them_are_here() -> None:
+def test_the_readme_lists_all_packages_with_paper_and_command() -> None:
     table = readme_table()
-    assert len(table) == 10
-    for state, building in (("here", False), ("in work", True)):
-        listed = {name: row[2] for name, row in table.items() if row[3] == state}
-        assert listed == {
-            member.name: f"`{member.command}`"
-            for member in workspace.packages()
-            if under_construction(member) is building
-        }
-    assert {row[3] for row in table.values()} <= {"here", "in work", "planned"}
+    assert {name: row[2] for name, row in table.items()} == {
+        member.name: f"`{member.command}`" for member in workspace.packages()
+    }
+    assert all("arXiv" in row[1] for row in table.values())
 
 
 def test_nothing_else_names_a_package() -> None:
