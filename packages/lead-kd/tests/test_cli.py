@@ -199,7 +199,7 @@ QRELS = "my-data/qrels/test.tsv"
             (*TRAIN, "--out", "r", "--pairs", "9"),
             "expected 1 to 4: the teacher has 4 layers and the student 4",
         ),
-        ((*TRAIN, "--out", "r", "--temperature", "0"), "--temperature: expected a number above 0"),
+        ((*TRAIN, "--out", "r", "--temperature", "0"), "'--temperature': expected a number above 0, got 0"),
         (
             (*TRAIN, "--out", "r", "--cache", "c", "--co-train"),
             "a teacher in a cache neither trains nor runs",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from shared_core import InputError, command, files
-from shared_core.command import Device, ProofFolder, Quick, Seeds, file_to_write, folder_to_write
+from shared_core.command import Device, ProofFolder, Quick, Seeds, above_zero, file_to_write, folder_to_write
 
 # Torch and all that needs it are imported inside the commands: help and wrong arguments answer at once.
 
@@ -223,9 +223,11 @@ def train(
     strategy: Annotated[Choice, typer.Option(help="How layers are paired.")] = Choice.RANDOM,
     redraw_every: Annotated[int, typer.Option(min=1, help="Steps between draws of pairs.")] = 10,
     layer_temperature: Annotated[
-        float | None, typer.Option(help="Of layers' weights; 1 on cosines, else 10.")
+        float | None, typer.Option(help="Of layers' weights; 1 on cosines, else 10.", callback=above_zero)
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the distributions that are aligned.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Of the distributions that are aligned.", callback=above_zero)
+    ] = 1.0,
     query_length: QueryLength = 32,
     passage_length: PassageLength = 256,
     dev_split: Annotated[
@@ -247,9 +249,6 @@ def train(
     skip_missing: SkipMissing = False,
 ) -> None:
     """Distill a teacher into a student. Several processes: `accelerate launch -m lead_kd train ...`."""
-    for name, value in (("--temperature", temperature), ("--layer-temperature", layer_temperature)):
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError("expected a number above 0", field=name, value=value)
     kept = _layers(keep_layers)
     if teacher is None and objective != Objective.NONE:
         raise InputError(f"--objective {objective.value} needs one", field="--teacher")
