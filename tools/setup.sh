@@ -33,7 +33,10 @@ else
     "$venv/bin/python" -m pip install --quiet -c constraints.txt "uv<0.13"
     PIP_PYTHON=$venv/bin/python
     . tools/uv-env.sh
-    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" -r "$venv/requirements.txt" -c constraints.txt
+    # Compiled once here, as pip does it: else each of the many processes of tests and proofs compiles torch for itself
+    # wherever PYTHONDONTWRITEBYTECODE is set.
+    "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" \
+        -r "$venv/requirements.txt" -c constraints.txt
 fi
 
 echo "setup: wheels with embedded data into .cache/wheels"
