@@ -267,6 +267,7 @@ class Settings:
     flip: bool = True
     sizes: tuple[int, ...] = ()
     drops: tuple[float, float] = (0.5, 0.75)
+    table: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +282,7 @@ class Settings:
         ("flip=False", False),
         ("sizes=320,352", (320, 352)),
         ("sizes=", ()),
+        ("sizes=320,", (320,)),
         ("drops=0.25,1", (0.25, 1.0)),
     ],
 )
@@ -299,8 +301,15 @@ def test_a_setting_is_read_as_its_field_is(text, value):
         ("steps=1.5", r"steps: expected int \| None \(got '1.5'\)"),
         ("flip=maybe", "flip: expected bool"),
         ("sizes=1,a", r"sizes: expected tuple\[int, \.\.\.\]"),
+        ("sizes=1,,2", r"sizes: expected tuple\[int, \.\.\.\]"),
+        ("drops=1", r"drops: expected tuple\[float, float\]"),
     ],
 )
 def test_a_setting_that_is_none_or_of_another_kind_is_said(text, words):
     with pytest.raises(InputError, match=words):
         command.assigned(["lr=1", text], Settings)
+
+
+def test_a_field_that_no_text_stands_for_is_a_fault_of_ours():
+    with pytest.raises(TypeError, match="no text stands for dict"):
+        command.assigned(["table=1"], Settings)

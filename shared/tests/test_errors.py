@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_core import InputError
-from shared_core.errors import needs_extra
+from shared_core.errors import TrainingDiverged, needs_extra
 
 
 def test_names_file_field_and_value_in_this_order():
@@ -34,6 +34,18 @@ def test_is_a_value_error_and_survives_another_process():
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, ValueError)
     assert str(again) == str(error) == "a: b: expected 2 to 8"
+
+
+def test_a_diverged_training_names_the_checkpoint_that_is_there_and_survives_another_process(tmp_path):
+    file = tmp_path / "checkpoint"
+    assert "checkpoint" not in str(TrainingDiverged.at("the loss is nan at step 6", 0.1, file))
+    file.touch()
+    error = TrainingDiverged.at("the loss is nan at step 6", 0.1, file)
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, TrainingDiverged)
+    assert str(again) == str(error)
+    assert str(error).endswith(f"try a lower learning rate; the last checkpoint is {file} (got 0.1)")
+    assert (again.field, again.value) == ("lr", 0.1)
 
 
 def test_a_missing_module_becomes_the_command_that_installs_it():

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import typer
 import typer.main
@@ -220,12 +220,19 @@ def assigned(texts: Sequence[str], settings: type) -> dict[str, Any]:
 def _plain(kind: Any, text: str) -> Any:
     inner = get_args(kind)
     if type(None) in inner:
-        return None if text.lower() == "none" else _plain(inner[0], text)
+        (other,) = (one for one in inner if one is not type(None))
+        return None if text.lower() == "none" else _plain(other, text)
     if get_origin(kind) is tuple:
-        return tuple(_plain(inner[0], part) for part in text.split(",") if part)
+        parts = text.removesuffix(",").split(",") if text else []
+        kinds = inner[:1] * len(parts) if Ellipsis in inner else inner
+        return tuple(_plain(one, part) for one, part in zip(kinds, parts, strict=True))
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
-    return kind(text) if kind in (int, float) else text
+    if kind in (int, float):
+        return kind(text)
+    if kind is str or get_origin(kind) is Literal:
+        return text
+    raise TypeError(f"no text stands for {kind}")
 
 
 def main_process() -> bool:

@@ -56,22 +56,23 @@ class InputError(ValueError):
 
 
 class TrainingDiverged(InputError):
-    """A loss or a parameter is not finite.
+    """A loss or a parameter is not finite."""
 
-    Args:
-        what: What is not, and at which step.
-        lr: The learning rate.
-        checkpoint: Where the run keeps one; named where it is there.
+    @classmethod
+    def at(cls, what: str, lr: float, checkpoint: Path | None = None) -> "TrainingDiverged":
+        """Make one.
 
-    >>> str(TrainingDiverged("the loss is nan at step 6", 10.0))
-    'lr: the loss is nan at step 6: try a lower learning rate (got 10.0)'
-    """
+        Args:
+            what: What is not finite, and at which step.
+            lr: The learning rate.
+            checkpoint: Where the run keeps one; named where it is there.
 
-    def __init__(self, what: str, lr: float, checkpoint: Path | None = None) -> None:
-        kept = (
-            f"; the last checkpoint is {checkpoint}" if checkpoint is not None and checkpoint.exists() else ""
-        )
-        super().__init__(f"{what}: try a lower learning rate{kept}", field="lr", value=lr)
+        >>> str(TrainingDiverged.at("the loss is nan at step 6", 10.0))
+        'lr: the loss is nan at step 6: try a lower learning rate (got 10.0)'
+        """
+        is_kept = checkpoint is not None and checkpoint.exists()
+        kept = f"; the last checkpoint is {checkpoint}" if is_kept else ""
+        return cls(f"{what}: try a lower learning rate{kept}", field="lr", value=lr)
 
 
 @contextmanager

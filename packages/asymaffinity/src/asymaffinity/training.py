@@ -318,7 +318,7 @@ class _Run:
         self.overflows = self.overflows + 1 if skipped else 0
         if self.overflows > _PATIENCE or (not skipped and not math.isfinite(loss)):
             kept = None if self.folder is None else self.folder / CHECKPOINT
-            raise TrainingDiverged(f"the loss is {loss} at step {self.step}", self.settings.lr, kept)
+            raise TrainingDiverged.at(f"the loss is {loss} at step {self.step}", self.settings.lr, kept)
 
     def _open_log(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:

@@ -334,7 +334,7 @@ class _Run:
 
     def _diverged(self, what: str) -> TrainingDiverged:
         kept = None if self.folder is None else self.folder / CHECKPOINT
-        return TrainingDiverged(what, self.recipe.lr, kept)
+        return TrainingDiverged.at(what, self.recipe.lr, kept)
 
 
 def bn_batches(

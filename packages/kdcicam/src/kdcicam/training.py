@@ -317,4 +317,4 @@ class _Run:
 
     def _diverged(self, what: str) -> TrainingDiverged:
         kept = None if self.folder is None else self.folder / CHECKPOINT
-        return TrainingDiverged(what, self.settings.lr, kept)
+        return TrainingDiverged.at(what, self.settings.lr, kept)

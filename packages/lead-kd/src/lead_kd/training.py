@@ -316,7 +316,7 @@ class _Run:
                 loss, left_out = self._forward(to_device(group, self.accelerator.device), pairs)
                 if not torch.isfinite(loss.total):
                     what = f"the loss is {loss.total.item()} at step {step + 1}"
-                    raise TrainingDiverged(what, self.recipe.lr, self.checkpoint)
+                    raise TrainingDiverged.at(what, self.recipe.lr, self.checkpoint)
                 self.accelerator.backward(loss.total / len(groups))
                 masked += left_out
         assert loss is not None

@@ -14,6 +14,7 @@ Xiao, Miculicich, Liu, He, Carenini: "Attend to the Right Context", arXiv 2212.1
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -154,7 +155,7 @@ class RelevanceInputs:
 
 
 @dataclass(frozen=True)
-class Relevance:
+class Relevance(ABC):
     """Settings that turn raw scores into a distribution. `EmbeddingRelevance` is the paper's.
 
     Attributes:
@@ -183,9 +184,9 @@ class Relevance:
         if not (math.isfinite(self.support) and self.support >= 1):
             raise InputError("expected 1 token or more", field="support", value=self.support)
 
+    @abstractmethod
     def scores(self, inputs: RelevanceInputs) -> Float[Tensor, "batch tokens"]:
         """Raw scores s before smoothing, float32; what stands at pads does not matter."""
-        raise NotImplementedError
 
     def distribution(
         self, scores: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
