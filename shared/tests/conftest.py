@@ -1,5 +1,10 @@
+import sys
+from pathlib import Path
+
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+sys.path.insert(0, str(Path(__file__).parent))  # worker_tasks.py stands beside the tests
 
 # Shapes and types that annotations state are checked in every call. Installed before any test imports it.
 install_import_hook("shared_core", "beartype.beartype")

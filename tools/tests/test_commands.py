@@ -203,7 +203,9 @@ def test_what_cannot_be_written_ctrl_c_and_a_kill(command: str, tmp_path: Path) 
             assert stopped[number].ended() == code
             assert until(stopped[number].all_gone), "processes are left behind"
             assert (tmp_path / number.name / "proof.json").read_text() == "of an earlier run"
-        assert errors(stopped[signal.SIGINT].said()) == ["error: interrupted"]
+        said = stopped[signal.SIGINT].said()
+        assert errors(said) == ["error: interrupted"], said
+        assert "Traceback" not in said  # of a worker's, which may break into the line besides
     finally:
         for proving in (refused, *stopped.values()):
             with contextlib.suppress(ProcessLookupError):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import Any
 
 import cv2
@@ -30,7 +29,7 @@ from asymaffinity.losses import Affinity, BoxSupLoss
 from asymaffinity.mask_rcnn import paste
 from asymaffinity.metrics import given_box_ap, mask_health, mask_iou
 from asymaffinity.scenes import Materials, Scenes, make_scenes
-from shared_core.workers import one_thread
+from shared_core.workers import WorkerPool
 
 STRIDE = 2
 STEPS, BATCH, RATE = 500, 4, 4e-3
@@ -316,6 +315,6 @@ def execute_all(
     if count == 1:
         note(map(execute, runs))
     else:
-        with ProcessPoolExecutor(count, get_context("spawn"), one_thread) as pool:
+        with WorkerPool(count) as pool:
             note(future.result() for future in as_completed([pool.submit(execute, run) for run in runs]))
     return [found[run] for run in runs]

@@ -35,12 +35,11 @@ Protocol, fixed on the development half before any run on the final half:
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -65,7 +64,7 @@ from csq.methods import (
 )
 from csq.resnet import resnet20
 from csq.training import Recipe, Trained, bn_batches, train
-from shared_core.workers import one_thread
+from shared_core.workers import WorkerPool
 
 STEPS = 240
 TARGETS = (1.5, 2.0)
@@ -362,9 +361,7 @@ def execute_all(
         for group in groups.values():
             tell(execute_group(group))
     else:
-        # A process forked from this one may inherit held locks of torch; a server that forks holds none.
-        context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(workers, context, one_thread) as pool:
+        with WorkerPool(workers) as pool:
             for future in as_completed([pool.submit(execute_group, group) for group in groups.values()]):
                 tell(future.result())
     return [found[run] for run in runs]

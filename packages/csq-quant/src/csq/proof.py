@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -44,8 +43,6 @@ RIVALS = {
     "hawq": "HAWQ-like allocation with LSQ",
     "random": "random allocation with LSQ",
 }
-PRELOADED = ["csq.experiments", "timm.models.mlp_mixer", "shared_core.datasets", "torch._dynamo"]
-"""Modules that take seconds to import: the server that workers are forked from does it once."""
 _AXES: tuple[Axis, ...] = ("paper_bits", "stored_bits")
 SIZE_TOLERANCE = 0.02
 """How far an average may lie from its target, as a share of the target."""
@@ -79,7 +76,6 @@ def prove(out: Path, seeds: int = 3, quick: bool = False) -> int:
         command="csq train --model csq/resnet20 --data cifar-10-batches-bin --target-bits 2 --epochs 600 "
         "--device cuda --out runs/resnet20 && csq harden runs/resnet20 --out resnet20.safetensors",
     )
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     runs = plan(run.seeds, architectures)
     if quick:
         runs = shortened(runs, STEPS // 6)

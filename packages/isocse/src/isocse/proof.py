@@ -11,10 +11,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from isocse.report import GeometryReport
 from isocse.shift import compare_reports
 from isocse.training import Recipe, sentence_transformer, train
 from shared_core import plot, proof
-from shared_core.workers import one_thread
+from shared_core.workers import WorkerPool, one_thread
 
 WORKERS = 2
 METRICS: dict[str, tuple[str, bool]] = {
@@ -169,12 +167,12 @@ def _run_all(plan: Plan, seeds: int) -> dict[str, Any]:
     tasks = _tasks(plan, seeds)
     # A forked worker has torch and transformers loaded already, which takes long on a busy machine. It is
     # safe here: workers use one thread, and no GPU. Elsewhere than on Linux forking is not.
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    method = "fork" if sys.platform == "linux" else "spawn"
     results: dict[str, Any] = {}
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Progress(*columns, console=Console(stderr=True)) as bar,
-        ProcessPoolExecutor(WORKERS, context, _start_worker) as pool,
+        WorkerPool(WORKERS, method, _start_worker) as pool,
     ):
         task = bar.add_task("tuning and measuring", total=len(tasks))
         waiting = [(name, argument, pool.submit(_work, name, argument, plan)) for name, argument in tasks]

@@ -7,9 +7,8 @@ the loop that ``kdcicam train-teacher`` and ``train-student`` run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from kdcicam.runs import flagged
 from kdcicam.settings import Role, Settings
 from kdcicam.training import train
 from shared_core.files import atomic_path
-from shared_core.workers import one_thread
+from shared_core.workers import WorkerPool
 
 Array = np.ndarray
 METRICS = ("top1_cls", "top1_loc", "gt_known", "max_box_acc_v2")
@@ -106,7 +105,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, done: Callable[[], None]) -> lis
     """Run tasks, in processes of one thread each; results are in the order of the tasks."""
     if jobs == 1:
         return [one for task in tasks for one in _counted(run_task(task), done)]
-    with ProcessPoolExecutor(jobs, get_context("spawn"), one_thread) as pool:
+    with WorkerPool(jobs) as pool:
         futures = [pool.submit(run_task, task) for task in tasks]
         for future in as_completed(futures):
             future.result()

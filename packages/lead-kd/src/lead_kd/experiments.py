@@ -29,7 +29,7 @@ from lead_kd.selection import LayerSchedule, Strategy
 from lead_kd.training import Recipe, distill
 from lead_kd.wikipedia_task import MODEL_FOLDER, MODEL_PACKAGE, wikipedia_task
 from shared_core.wheels import member_folder
-from shared_core.workers import one_thread
+from shared_core.workers import WorkerPool
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -239,11 +239,8 @@ def run_all(
     tasks: Sequence[tuple[Prepared, Arm, int, bool]], workers: int, done: Any = lambda count: None
 ) -> list[Result]:
     """Run tasks in processes of one thread each, in order."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     results = []
-    with ProcessPoolExecutor(workers, get_context("spawn"), one_thread) as pool:
+    with WorkerPool(workers) as pool:
         for result in pool.map(run_arm, tasks):
             results.append(result)
             done(len(results))

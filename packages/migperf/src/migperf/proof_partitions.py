@@ -72,7 +72,7 @@ def prove_guard(stage: Stage, backend: CpuBackend) -> None:
     stage.tell("contamination guard")
     with cut(backend, "1c") as instances:
         cpu = instances[0].handle["cpus"][0]
-        rival = subprocess.Popen([sys.executable, "-c", RIVAL.format(cpu)])
+        rival = subprocess.Popen([sys.executable, "-c", RIVAL.format(cpu)], stderr=subprocess.DEVNULL)
         try:
             seen = measuring.run(parse("spin:2ms"), instances, backend, duration=0.7, repeats=1)
         finally:

@@ -5,18 +5,17 @@ and what failed is told at the end.
 """
 
 import logging
-import multiprocessing
 import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from shared_core import InputError
-from shared_core.workers import end_with_parent
+from shared_core.workers import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,11 @@ def _single_thread() -> None:
     """Processes share the cores already; more threads would only wait. A user's own values win."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):  # read at first import
         os.environ.setdefault(name, "1")
-    end_with_parent()
 
 
-def _pool(jobs: int) -> ProcessPoolExecutor:
+def _pool(jobs: int) -> WorkerPool:
     # Forked processes would inherit locks of torch's and OpenSlide's threads.
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_single_thread)
+    return WorkerPool(jobs, start=_single_thread)
 
 
 def _with_processes(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int) -> Iterator[Done]:
