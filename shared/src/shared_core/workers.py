@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 GRACE = 2.0
-"""Seconds that a task has to end when its pool is left by an exception; then its worker is killed."""
+"""Seconds that tasks have to end when their pool is left by an exception; then their workers are killed."""
 
 
 def one_thread() -> None:
@@ -29,7 +30,7 @@ class WorkerPool(ProcessPoolExecutor):
     """A `ProcessPoolExecutor` that is left at once, and whose workers leave Ctrl-C to this process.
 
     A block that ends by an exception ends the workers too, where the standard pool would first do all that
-    was submitted. A task has `GRACE` seconds for its `finally` blocks. A terminal sends Ctrl-C to all
+    was submitted. Tasks have `GRACE` seconds for their `finally` blocks. A terminal sends Ctrl-C to all
     processes: workers do not take it, so they print no tracebacks of their own. They end as well when this
     process is killed.
 
@@ -63,15 +64,20 @@ class WorkerPool(ProcessPoolExecutor):
         if kind is None:
             self.shutdown()
             return
-        workers = list(self._processes.values())
-        # Before a worker ends: the pool's thread would stumble over tasks that the block has cancelled.
+        workers = list((self._processes or {}).values())  # None after a shutdown
+        manager: Any = self._executor_manager_thread
+        # The manager has to drop what waits before it sees that a worker has ended, and while the pool is
+        # there: it stumbles over tasks that the block has cancelled.
         self.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.terminate()
+        limit = time.monotonic() + GRACE
         for worker in workers:
-            worker.join(GRACE)
+            worker.join(max(0.0, limit - time.monotonic()))
             worker.kill()
             worker.join()
+        if manager is not None:
+            manager.join()
 
 
 @contextmanager
@@ -119,13 +125,14 @@ class _Terminated(BaseException):
 
 def _terminated(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what comes now would break into the `finally` blocks
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a callback that this breaks into would complain of it
     raise _Terminated
 
 
 def _do(task: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     """Do a task in a worker: one that is terminated meanwhile removes the task's temporary files first."""
-    signal.signal(signal.SIGTERM, _terminated)
     try:
+        signal.signal(signal.SIGTERM, _terminated)
         return task(*args, **kwargs)
     except _Terminated:
         os._exit(1)
