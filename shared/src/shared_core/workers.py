@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,6 +16,11 @@ from typing import Any, Literal, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+WITH_ALL_LOADED: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"
+"""How workers are started that have loaded what this process has: torch and transformers take long.
+
+That is safe where workers use one thread and no GPU. Elsewhere than on Linux they load it themselves.
+"""
 GRACE = 2.0
 """Seconds that tasks have to end when their pool is left by an exception; then their workers are killed."""
 

@@ -9,7 +9,6 @@ continued training on masked words, for as many steps, is the control.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -31,7 +30,7 @@ from isocse.report import GeometryReport
 from isocse.shift import compare_reports
 from isocse.training import Recipe, sentence_transformer, train
 from shared_core import plot, proof
-from shared_core.workers import WorkerPool, one_thread
+from shared_core.workers import WITH_ALL_LOADED, WorkerPool, one_thread
 
 WORKERS = 2
 METRICS: dict[str, tuple[str, bool]] = {
@@ -165,14 +164,11 @@ def _tasks(plan: Plan, seeds: int) -> list[tuple[str, Any]]:
 def _run_all(plan: Plan, seeds: int) -> dict[str, Any]:
     """Results by the name of the task, from workers of one thread each."""
     tasks = _tasks(plan, seeds)
-    # A forked worker has torch and transformers loaded already, which takes long on a busy machine. It is
-    # safe here: workers use one thread, and no GPU. Elsewhere than on Linux forking is not.
-    method = "fork" if sys.platform == "linux" else "spawn"
     results: dict[str, Any] = {}
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Progress(*columns, console=Console(stderr=True)) as bar,
-        WorkerPool(WORKERS, method, _start_worker) as pool,
+        WorkerPool(WORKERS, WITH_ALL_LOADED, _start_worker) as pool,
     ):
         task = bar.add_task("tuning and measuring", total=len(tasks))
         waiting = [(name, argument, pool.submit(_work, name, argument, plan)) for name, argument in tasks]

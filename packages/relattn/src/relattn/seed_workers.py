@@ -1,7 +1,6 @@
 """Seeds of the experiment side by side, each in a process of one thread."""
 
 import queue
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing import get_context
@@ -9,7 +8,7 @@ from typing import Any
 
 from relattn.experiment_plan import Plan, SeedResult
 from relattn.experiments import OnEvent, Trained, measure_seed, run_seed, train_seed
-from shared_core.workers import WorkerPool, one_thread
+from shared_core.workers import WITH_ALL_LOADED, WorkerPool, one_thread
 
 _events: Any = None  # a worker's way to its parent
 
@@ -25,11 +24,8 @@ def run_seeds(seeds: Sequence[int], plan: Plan, on_event: OnEvent, workers: int 
     """
     if workers <= 1 or len(seeds) == 1:
         return [run_seed(seed, plan, on_event) for seed in seeds]
-    # A forked worker has torch and transformers loaded already, which takes long on a busy machine. It is
-    # safe here: workers use one thread, and no GPU. Elsewhere than on Linux forking is not.
-    method = "fork" if sys.platform == "linux" else "spawn"
-    events = get_context(method).Queue()
-    with WorkerPool(min(workers, len(seeds)), method, _start, (events,)) as pool:
+    events = get_context(WITH_ALL_LOADED).Queue()
+    with WorkerPool(min(workers, len(seeds)), WITH_ALL_LOADED, _start, (events,)) as pool:
         # Training and measuring are tasks of their own: three seeds keep two workers busy to the end.
         training = {pool.submit(_train, seed, plan): seed for seed in seeds}
         measuring: dict[int, Future[SeedResult]] = {}
